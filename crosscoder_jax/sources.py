@@ -1,0 +1,215 @@
+"""What a crosscoder reads: one or more sources on one concatenated width axis."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One model at one layer, or a linear combination of such.
+
+    Raises:
+        ValueError: if ``width`` is not positive or the combination is empty.
+    """
+
+    name: str
+    """How the source is called everywhere: in tables, files and plots."""
+    width: int
+    """Number of coordinates."""
+    combination: tuple[tuple[str, float], ...] | None = None
+    """``None`` for a stored source; else ``(stored name, coefficient)`` pairs that are summed."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name='' of a source must not be empty")
+        if self.width <= 0:
+            raise ValueError(f"width={self.width} of source {self.name!r} must be positive")
+        if self.combination is not None and not self.combination:
+            raise ValueError(f"combination=() of source {self.name!r} must name at least one stored source")
+
+
+def difference(after: Source, before: Source, *, name: str = "difference") -> Source:
+    """Derive the source ``after - before``: what a difference SAE reads.
+
+    Examples:
+        >>> difference(Source("chat", 4), Source("base", 4)).combination
+        (('chat', 1.0), ('base', -1.0))
+    """
+    if after.width != before.width:
+        raise ValueError(
+            f"{after.name!r} has width {after.width} and {before.name!r} has {before.width}: "
+            "a difference needs two sources of one width"
+        )
+    return Source(name, after.width, ((after.name, 1.0), (before.name, -1.0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The sources of a crosscoder, in the order in which they are concatenated.
+
+    Examples:
+        >>> sources = Sources((Source("base", 2), Source("chat", 3)))
+        >>> sources.width, sources.offsets
+        (5, (0, 2))
+        >>> [part.shape for part in sources.split(jnp.zeros((7, 5)))]
+        [(7, 2), (7, 3)]
+    """
+
+    entries: tuple[Source, ...]
+    """The sources; names must differ."""
+
+    def __post_init__(self) -> None:
+        names = [entry.name for entry in self.entries]
+        if not names:
+            raise ValueError("entries=() must hold at least one source")
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names {names} must differ: rename one of them")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[Source]:
+        return iter(self.entries)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names, in order."""
+        return tuple(entry.name for entry in self.entries)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths, in order."""
+        return tuple(entry.width for entry in self.entries)
+
+    @property
+    def width(self) -> int:
+        """Length of the concatenated axis."""
+        return sum(self.widths)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each source begins on the concatenated axis."""
+        return tuple(sum(self.widths[:i]) for i in range(len(self.widths)))
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether any source is a combination of stored ones."""
+        return any(entry.combination is not None for entry in self.entries)
+
+    def slices(self) -> tuple[slice, ...]:
+        """Return the slice of each source on the concatenated axis."""
+        return tuple(
+            slice(start, start + width) for start, width in zip(self.offsets, self.widths, strict=True)
+        )
+
+    def split(self, values: Array) -> tuple[Array, ...]:
+        """Split ``[..., width]`` into one array per source (views where NumPy or XLA can)."""
+        if values.shape[-1] != self.width:
+            raise ValueError(
+                f"last axis has length {values.shape[-1]}, but the sources "
+                f"{dict(zip(self.names, self.widths, strict=True))} have {self.width} together"
+            )
+        return tuple(values[..., part] for part in self.slices())
+
+    def norms(self, w_dec: Float[Array, "latent width"]) -> Float[Array, "source latent"]:
+        """Return the L2 norm of each latent's decoder in each source, in the units of ``w_dec``."""
+        return jnp.stack([safe_norm(part) for part in self.split(w_dec)])
+
+    def per_source(self, values: Float[Array, "source"]) -> Float[Array, "width"]:
+        """Repeat each source's value over its coordinates."""
+        return jnp.concatenate([jnp.broadcast_to(values[i], (width,)) for i, width in enumerate(self.widths)])
+
+    def derive(
+        self, stored_acts: Float[Array, "*lead stored_width"], stored: "Sources"
+    ) -> Float[Array, "*lead width"]:
+        """Compute these sources from the stored ones.
+
+        Args:
+            stored_acts: raw activations of the stored sources, concatenated.
+            stored: what ``stored_acts`` holds; sources are matched by name, so a crosscoder may
+                read a subset of a store, in any order.
+
+        Raises:
+            ValueError: if a source is missing from the store or has another width there.
+        """
+        matrix = self._coefficients(stored)
+        if matrix is None:
+            return stored_acts
+        parts = stored.split(stored_acts)
+        return jnp.concatenate([_combine(row, parts) for row in matrix], axis=-1)
+
+    def to_stored_decoder(
+        self, w_dec: Float[Array, "latent width"], stored: "Sources"
+    ) -> Float[Array, "latent stored_width"]:
+        """Read raw decoders of derived sources back in the space of the stored ones.
+
+        If the sources are ``C @ stored`` with an invertible ``C``, a decoder ``d`` of them is
+        ``C^-1 d`` in stored space: adding it there adds ``d`` here.
+
+        Raises:
+            ValueError: if the combination cannot be inverted, as for a difference alone.
+        """
+        matrix = self._coefficients(stored)
+        if matrix is None:
+            return w_dec
+        dense = np.array([[dict(row).get(i, 0.0) for i in range(len(stored))] for row in matrix])
+        if dense.shape[0] != dense.shape[1] or np.linalg.matrix_rank(dense) < dense.shape[0]:
+            raise ValueError(
+                f"sources {self.names} do not determine the stored sources {stored.names}: "
+                "train on a basis of them, such as before and after - before"
+            )
+        inverse = np.linalg.inv(dense)
+        parts = self.split(w_dec)
+        rows = [[(i, float(value)) for i, value in enumerate(row) if value] for row in inverse]
+        return jnp.concatenate([_combine(row, parts) for row in rows], axis=-1)
+
+    def _coefficients(self, stored: "Sources") -> list[list[tuple[int, float]]] | None:
+        """Return (index into stored, coefficient) pairs per source; ``None`` for the identity."""
+        positions = {name: i for i, name in enumerate(stored.names)}
+        matrix = []
+        for entry in self.entries:
+            pairs = entry.combination or ((entry.name, 1.0),)
+            for name, _ in pairs:
+                if name not in positions:
+                    raise ValueError(f"source {entry.name!r} reads {name!r}, but there is {stored.names}")
+                if stored.entries[positions[name]].width != entry.width:
+                    raise ValueError(
+                        f"source {entry.name!r} has width {entry.width}, but {name!r} is stored with "
+                        f"width {stored.entries[positions[name]].width}"
+                    )
+            matrix.append([(positions[name], coefficient) for name, coefficient in pairs])
+        identity = [[(i, 1.0)] for i in range(len(stored))]
+        return None if matrix == identity else matrix
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return plain data for a config file."""
+        return [dataclasses.asdict(entry) for entry in self.entries]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Mapping[str, Any]]) -> "Sources":
+        """Rebuild from :meth:`to_json`."""
+        return cls(tuple(_source_from_json(entry) for entry in data))
+
+
+def safe_norm(rows: Float[Array, "latent width"]) -> Float[Array, "latent"]:
+    """Return the L2 norm of each row; its gradient at a zero row is zero instead of NaN."""
+    squared = jnp.sum(jnp.square(rows), axis=-1)
+    is_zero = squared == 0
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squared)))
+
+
+def _combine(row: list[tuple[int, float]], parts: tuple[Array, ...]) -> Array:
+    terms = [parts[i] if coefficient == 1.0 else coefficient * parts[i] for i, coefficient in row]
+    return jax.tree.reduce(jnp.add, terms)
+
+
+def _source_from_json(entry: Mapping[str, Any]) -> Source:
+    combination = entry.get("combination")
+    pairs = None if combination is None else tuple((str(n), float(c)) for n, c in combination)
+    return Source(str(entry["name"]), int(entry["width"]), pairs)

@@ -1,0 +1,34 @@
+"""Array aliases and protocols shared by every room; no logic.
+
+Axis words, in this order everywhere: ``batch``, ``source``, ``width``, ``latent``, ``token``, ``k``.
+"""
+
+from typing import Protocol
+
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Acts = Float[Array, "batch width"]
+"""Activations of all sources of each token, concatenated in the order of the sources."""
+
+Latents = Float[Array, "batch latent"]
+"""One number per token and latent: pre-activations, scores or codes."""
+
+Mask = Bool[Array, "batch latent"]
+"""Which (token, latent) pairs are kept."""
+
+PerLatent = Float[Array, "latent"]
+PerWidth = Float[Array, "width"]
+PerSource = Float[Array, "source"]
+EncoderWeights = Float[Array, "width latent"]
+DecoderWeights = Float[Array, "latent width"]
+Scalar = Float[Array, ""]
+Count = Int[Array, ""]
+PRNGKey = Key[Array, ""]
+
+
+class Progress(Protocol):
+    """Told how far a long-running function has come; shows it or not."""
+
+    def __call__(self, done: int, total: int, unit: str) -> None:
+        """Report ``done`` of ``total`` counted in ``unit``, such as ``"tokens"`` or ``"steps"``."""
+        ...

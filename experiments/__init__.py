@@ -1,0 +1,1 @@
+"""Experiments that show what the package does: everything may be imported here, nothing imports it."""
