@@ -1,0 +1,219 @@
+"""The crosscoder: one sparse code shared by all sources, one decoder per source."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from crosscoder_jax.sharding import Shardings
+from crosscoder_jax.sources import Sources
+from crosscoder_jax.sparsity import (
+    BatchTopK,
+    CodeNorm,
+    Sparsity,
+    SumOfNorms,
+    Unweighted,
+    apply_threshold,
+)
+from crosscoder_jax.typing import Acts, DecoderWeights, Latents, PerLatent, PerWidth, PRNGKey
+
+Precision = Literal["default", "high", "highest"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CrosscoderConfig:
+    """Shape and rules of a crosscoder.
+
+    Raises:
+        ValueError: if a size is not positive or the dtype cannot be computed in.
+    """
+
+    sources: Sources
+    """What is read and reconstructed, in this order on the width axis."""
+    num_latents: int
+    """Size of the dictionary."""
+    sparsity: Sparsity = BatchTopK(k=100.0)
+    """How the code is made sparse in training; 100 per token is the published recipe."""
+    code_norm: CodeNorm = SumOfNorms()  # noqa: RUF009 - a frozen value
+    """How latents are weighed against each other when they are ranked."""
+    dtype: str = "float32"
+    """What matrix products are computed in: float32 or bfloat16; they accumulate in float32."""
+    precision: Precision = "highest"
+    """Precision of float32 products; "default" means bf16 passes on TPU and TF32 on GPU."""
+
+    def __post_init__(self) -> None:
+        if self.num_latents <= 0:
+            raise ValueError(f"num_latents={self.num_latents} must be positive")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
+        if self.precision not in ("default", "high", "highest"):
+            raise ValueError(f"precision={self.precision!r} must be 'default', 'high' or 'highest'")
+
+
+class Fixed(nnx.Variable):
+    """Part of a crosscoder that no gradient changes: the normaliser and the threshold."""
+
+
+class Crosscoder(nnx.Module):
+    """Encode activations of all sources into one sparse code and decode it for each source.
+
+    ``normalised = (acts - mean) * scale`` happens inside, so users give and get raw activations.
+    Weights are in normalised units; :meth:`raw_decoder` and :func:`fold_normalization` give raw ones.
+
+    Args:
+        config: shape and rules.
+        key: for the initial directions.
+        decoder_norm: L2 norm of each latent's decoder in each source, normalised units.
+        mean: raw activation units; zero if not given.
+        scale: what each source's centred activations are multiplied by; one if not given.
+        shardings: where the tensors live; give the layout of the mesh that is set.
+
+    The initial encoder is the transposed decoder, and sources of one width start from the same
+    directions, so that no latent begins as belonging to one source.
+
+    References:
+        Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders; Minder et al. 2025,
+        arXiv 2504.02922.
+
+    Examples:
+        >>> from crosscoder_jax.sources import Source, Sources
+        >>> config = CrosscoderConfig(Sources((Source("base", 8), Source("chat", 8))), num_latents=32)
+        >>> crosscoder = Crosscoder(config, key=jax.random.key(0))
+        >>> recon = crosscoder(jnp.ones((4, 16)))
+        >>> recon.shape
+        (4, 16)
+    """
+
+    def __init__(
+        self,
+        config: CrosscoderConfig,
+        *,
+        key: PRNGKey,
+        decoder_norm: float = 1.0,
+        mean: PerWidth | np.ndarray | None = None,
+        scale: Float[Array, "source"] | np.ndarray | None = None,
+        shardings: Shardings = Shardings(),  # noqa: B008 - a frozen value
+    ) -> None:
+        sources = config.sources
+        w_dec = initial_decoder(config, key=key, decoder_norm=decoder_norm, shardings=shardings)
+        zeros = jnp.zeros((config.num_latents,), jnp.float32, out_sharding=shardings.per_latent_l)
+        self.config = nnx.static(config)
+        self.shardings = nnx.static(shardings)
+        self.w_enc = nnx.Param(w_dec.T)
+        self.b_enc = nnx.Param(zeros)
+        self.w_dec = nnx.Param(w_dec)
+        self.b_dec = nnx.Param(jnp.zeros((sources.width,), jnp.float32))
+        self.mean = Fixed(
+            jnp.zeros((sources.width,), jnp.float32) if mean is None else jnp.asarray(mean, jnp.float32)
+        )
+        self.scale = Fixed(
+            jnp.ones((len(sources),), jnp.float32) if scale is None else jnp.asarray(scale, jnp.float32)
+        )
+        self.threshold = Fixed(jnp.zeros((), jnp.float32))
+
+    def normalize(self, acts: Acts) -> Acts:
+        """Return ``(acts - mean) * scale`` in float32 from raw activations."""
+        return (acts.astype(jnp.float32) - self.mean[...]) * self.config.sources.per_source(self.scale[...])
+
+    def denormalize(self, normalized: Acts) -> Acts:
+        """Return raw activations from normalised ones."""
+        return normalized / self.config.sources.per_source(self.scale[...]) + self.mean[...]
+
+    def pre_acts(self, normalized: Acts) -> Latents:
+        """Return the encoder's output before the sparsity, float32, from *normalised* activations."""
+        return self._matmul(normalized, self.w_enc[...], self.shardings.code_bl) + self.b_enc[...]
+
+    def decode_normalized(self, code: Latents) -> Acts:
+        """Return the reconstruction in *normalised* units."""
+        return self._matmul(code, self.w_dec[...], self.shardings.acts_bw) + self.b_dec[...]
+
+    def decode_without_bias(self, code: Latents) -> Acts:
+        """Return the sum of the code's decoders in *normalised* units."""
+        return self._matmul(code, self.w_dec[...], self.shardings.acts_bw)
+
+    def decoder_norms(self) -> Float[Array, "source latent"]:
+        """Return each latent's decoder norm in each source, *normalised* units."""
+        return self.config.sources.norms(self.w_dec[...])
+
+    def score_weights(self) -> PerLatent:
+        """Return what each latent's activation is multiplied by for ranking."""
+        return self.config.code_norm(self.decoder_norms())
+
+    def encode(self, acts: Acts) -> Latents:
+        """Return the inference code of raw activations, zero where a score is not above the threshold.
+
+        A token's code does not depend on the other tokens.
+        """
+        pre_acts = self.pre_acts(self.normalize(acts))
+        return apply_threshold(pre_acts, self.score_weights(), self.threshold[...])
+
+    def decode(self, code: Latents) -> Acts:
+        """Return the reconstruction in raw activation units."""
+        return self.denormalize(self.decode_normalized(code))
+
+    def __call__(self, acts: Acts) -> Acts:
+        """Return the reconstruction of raw activations from their inference code."""
+        return self.decode(self.encode(acts))
+
+    def raw_decoder(self) -> tuple[DecoderWeights, PerWidth]:
+        """Return decoder and bias in raw activation units: ``decode(f) = f @ w_dec + b_dec``."""
+        scale = self.config.sources.per_source(self.scale[...])
+        return self.w_dec[...] / scale, self.b_dec[...] / scale + self.mean[...]
+
+    def _matmul(self, left: Array, right: Array, out_sharding: jax.P | None) -> Array:
+        dtype = jnp.dtype(self.config.dtype)
+        return jnp.einsum(
+            "ij,jk->ik",
+            left.astype(dtype),
+            right.astype(dtype),
+            precision=lax.Precision(self.config.precision),
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding,
+        )
+
+
+def initial_decoder(
+    config: CrosscoderConfig, *, key: PRNGKey, decoder_norm: float, shardings: Shardings
+) -> DecoderWeights:
+    """Draw isotropic decoder directions of one norm; sources of equal width share theirs."""
+
+    def draw(source_key: PRNGKey, width: int) -> Array:
+        shape = (config.num_latents, width)
+        rows = jax.random.normal(source_key, shape, jnp.float32, out_sharding=shardings.w_dec_lw)
+        return decoder_norm * rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+    return jnp.concatenate([draw(jax.random.fold_in(key, w), w) for w in config.sources.widths], axis=1)
+
+
+def fold_normalization(crosscoder: Crosscoder) -> Crosscoder:
+    """Return the same crosscoder with weights for raw activations and no normaliser.
+
+    Scores of the folded crosscoder are its activations as they are: each latent's code is
+    multiplied by its score weight and its decoder divided by it, so that one scalar threshold
+    stays exact although the sources were scaled differently. Reconstructions are equal; codes are
+    ``code * score_weights`` of the original.
+    """
+    weights = crosscoder.score_weights()
+    # A latent with zero decoders reconstructs nothing: its weight is 0 and it must stay silent.
+    safe = jnp.where(weights > 0, weights, 1.0)
+    scale = crosscoder.config.sources.per_source(crosscoder.scale[...])
+    w_enc = crosscoder.w_enc[...] * scale[:, None]
+    b_enc = crosscoder.b_enc[...] - crosscoder._matmul(
+        (crosscoder.mean[...] * scale)[None], crosscoder.w_enc[...], None
+    ).reshape(-1)
+    w_dec, b_dec = crosscoder.raw_decoder()
+    config = dataclasses.replace(crosscoder.config, code_norm=Unweighted())
+    folded = nnx.eval_shape(lambda: Crosscoder(config, key=jax.random.key(0)))
+    folded.w_enc = nnx.Param(w_enc * weights)
+    folded.b_enc = nnx.Param(b_enc * weights)
+    folded.w_dec = nnx.Param(w_dec / safe[:, None])
+    folded.b_dec = nnx.Param(b_dec)
+    folded.mean = Fixed(jnp.zeros_like(crosscoder.mean[...]))
+    folded.scale = Fixed(jnp.ones_like(crosscoder.scale[...]))
+    folded.threshold = Fixed(crosscoder.threshold[...])
+    return folded

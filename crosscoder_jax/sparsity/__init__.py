@@ -1,0 +1,14 @@
+"""From pre-activations to a sparse code: pure functions, each a small frozen dataclass with one call."""
+
+from crosscoder_jax.sparsity.batch_top_k import BatchTopK as BatchTopK
+from crosscoder_jax.sparsity.code_norms import CodeNorm as CodeNorm
+from crosscoder_jax.sparsity.code_norms import SumOfNorms as SumOfNorms
+from crosscoder_jax.sparsity.code_norms import Unweighted as Unweighted
+from crosscoder_jax.sparsity.relu import ReLU as ReLU
+from crosscoder_jax.sparsity.selection import SparseCode as SparseCode
+from crosscoder_jax.sparsity.selection import apply_threshold as apply_threshold
+from crosscoder_jax.sparsity.selection import top_scores_cut as top_scores_cut
+from crosscoder_jax.sparsity.selection import top_scores_per_row as top_scores_per_row
+
+Sparsity = BatchTopK | ReLU
+"""Every sparsity a crosscoder can be trained with."""

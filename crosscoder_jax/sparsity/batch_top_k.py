@@ -1,0 +1,78 @@
+"""BatchTopK: keep the k * batch largest scores of a whole batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from crosscoder_jax.sparsity.selection import SparseCode, top_scores_cut
+from crosscoder_jax.typing import Latents, PerLatent, Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchTopK:
+    """Keep the ``k * batch`` largest ``relu(pre) * weight`` of the global batch.
+
+    The selection carries no gradient, the kept values do. Ties at the cut are all kept.
+
+    Raises:
+        ValueError: if k or the annealing is not positive.
+
+    References:
+        Bussmann et al. 2024, arXiv 2412.06410; for crosscoders Minder et al. 2025, arXiv 2504.02922.
+    """
+
+    k: float
+    """Mean number of latents kept per token; need not be whole."""
+    initial_k: float | None = None
+    """Where annealing starts; ``None`` trains with ``k`` from the first step."""
+    anneal_steps: int = 0
+    """Steps over which k goes linearly from ``initial_k`` to ``k``."""
+
+    def __post_init__(self) -> None:
+        if not self.k > 0:
+            raise ValueError(f"k={self.k} must be positive")
+        if (self.initial_k is None) != (self.anneal_steps == 0):
+            raise ValueError(
+                f"initial_k={self.initial_k} and anneal_steps={self.anneal_steps} go together: "
+                "give both or neither"
+            )
+        if self.initial_k is not None and not self.initial_k > 0:
+            raise ValueError(f"initial_k={self.initial_k} must be positive")
+
+    def k_at(self, step: Int[Array, ""] | int | None) -> Scalar:
+        """Return k at a training step; ``None`` stands for the end of training."""
+        if self.initial_k is None or step is None:
+            return jnp.float32(self.k)
+        progress = jnp.clip(jnp.asarray(step, jnp.float32) / self.anneal_steps, 0.0, 1.0)
+        return self.initial_k + (self.k - self.initial_k) * progress
+
+    def __call__(
+        self,
+        pre_acts: Latents,
+        score_weights: PerLatent,
+        *,
+        step: Int[Array, ""] | int | None = None,
+        guess: Scalar | None = None,
+    ) -> SparseCode:
+        """Return the code of a batch and its smallest kept score.
+
+        Args:
+            pre_acts: encoder outputs in normalised units.
+            score_weights: what each latent's activation is multiplied by for ranking.
+            step: training step, for the annealing of k.
+            guess: a threshold to try first; saves passes, changes nothing.
+
+        Examples:
+            >>> pre = jnp.array([[3.0, 1.0, -1.0], [0.5, 2.0, 0.25]])
+            >>> code, smallest = BatchTopK(k=1)(pre, jnp.array([1.0, 1.0, 20.0]))
+            >>> code.tolist(), float(smallest)
+            ([[3.0, 0.0, 0.0], [0.0, 0.0, 0.25]], 3.0)
+        """
+        acts = jax.nn.relu(pre_acts)
+        scores = lax.stop_gradient(acts.astype(jnp.float32) * score_weights)
+        count = jnp.round(self.k_at(step) * pre_acts.shape[0]).astype(jnp.int32)
+        cut = top_scores_cut(scores, count, guess=guess)
+        return SparseCode(jnp.where(scores >= cut, acts, jnp.zeros_like(acts)), cut)

@@ -1,0 +1,38 @@
+"""ReLU: the code of crosscoders that are made sparse by a penalty."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from crosscoder_jax.sparsity.selection import SparseCode
+from crosscoder_jax.typing import Latents, PerLatent, Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class ReLU:
+    """Keep every positive pre-activation; sparsity comes from the loss (L1 of norms).
+
+    References:
+        Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders.
+    """
+
+    def __call__(
+        self,
+        pre_acts: Latents,
+        score_weights: PerLatent,
+        *,
+        step: Int[Array, ""] | int | None = None,
+        guess: Scalar | None = None,
+    ) -> SparseCode:
+        """Return the code; score weights, step and guess play no part.
+
+        Args:
+            pre_acts: encoder outputs in normalised units.
+            score_weights: ignored.
+            step: ignored.
+            guess: ignored.
+        """
+        del score_weights, step, guess
+        return SparseCode(jax.nn.relu(pre_acts), jnp.zeros((), jnp.float32))

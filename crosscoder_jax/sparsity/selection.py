@@ -1,0 +1,156 @@
+"""Exact selection of the largest scores by counting, without a sort and without a gather.
+
+The k-th largest of many numbers is the largest cut that at least k of them reach. Counting how many
+reach a cut needs one pass over the scores and one integer from each device, so the search is exact
+on any mesh. Cuts are proposed by interpolating the logarithm of the count, which is nearly linear
+in the score for the tails met here, and every third cut halves the bracket in the ordering of the
+floats, which bounds the number of passes.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from crosscoder_jax.typing import Latents, Mask, PerLatent, Scalar
+
+SMALLEST_SCORE = float(jnp.finfo(jnp.float32).tiny)
+"""Scores below the smallest normal float32 count as zero: hardware may flush them."""
+
+
+class SparseCode(NamedTuple):
+    """What a sparsity makes of pre-activations."""
+
+    code: Latents
+    """Activations of the kept latents, zero elsewhere."""
+    smallest_score: Scalar
+    """The smallest kept score, float32; ``inf`` if nothing is kept."""
+
+
+def apply_threshold(pre_acts: Latents, score_weights: PerLatent, threshold: Scalar) -> Latents:
+    """Return the inference code: ``relu(pre)`` where ``relu(pre) * weight > threshold``.
+
+    The code of a token does not depend on what else is in the batch.
+
+    Args:
+        pre_acts: encoder outputs in normalised units.
+        score_weights: what each latent's activation is multiplied by for ranking.
+        threshold: the cut on scores, float32, same units as the scores.
+    """
+    acts = jax.nn.relu(pre_acts)
+    scores = acts.astype(jnp.float32) * score_weights
+    return jnp.where(scores > threshold, acts, jnp.zeros_like(acts))
+
+
+def top_scores_cut(
+    scores: Float[Array, "*shape"], count: Int[Array, ""], *, guess: Scalar | None = None
+) -> Scalar:
+    """Return the ``count``-th largest of non-negative scores.
+
+    ``scores >= cut`` then keeps exactly ``count`` entries, or more if several are tied with the
+    last of them: **all entries tied at the cut are kept**, so the selection does not depend on the
+    order of tokens or latents, nor on the mesh. Zero scores are never kept: with fewer than
+    ``count`` positive scores the cut is the smallest positive one.
+
+    Args:
+        scores: float32, not negative, no NaN.
+        count: how many to keep.
+        guess: a cut to try first, such as the running threshold; saves passes, changes nothing.
+
+    Returns:
+        The cut, float32; ``inf`` if ``count`` is 0 or no score is positive.
+    """
+    positive = _count_reaching(scores, jnp.float32(SMALLEST_SCORE))
+    count = jnp.minimum(count.astype(jnp.int32), positive)
+    bracket = _Bracket(
+        low=_to_ordered(jnp.float32(SMALLEST_SCORE)),
+        high=_to_ordered(jnp.max(scores)) + 1,
+        count_low=positive,
+        count_high=jnp.int32(0),
+        passes=jnp.int32(0),
+    )
+    first = jnp.float32(0) if guess is None else guess.astype(jnp.float32)
+
+    def narrow(bracket: _Bracket) -> _Bracket:
+        cut = _propose(bracket, count, first)
+        return bracket.split_at(cut, _count_reaching(scores, _from_ordered(cut)), count)
+
+    found = lax.while_loop(lambda bracket: bracket.is_open(count), narrow, bracket)
+    kept = scores >= _from_ordered(found.low)
+    cut = jnp.min(jnp.where(kept, scores, jnp.inf))
+    return jnp.where(count > 0, cut, jnp.inf)
+
+
+def top_scores_per_row(scores: Latents, count: Int[Array, ""]) -> Mask:
+    """Mark the ``count`` largest positive scores of each row, by bisection over all rows at once.
+
+    Ties at a row's cut are all kept, as in :func:`top_scores_cut`.
+
+    Args:
+        scores: float32, not negative.
+        count: how many to keep in each row.
+    """
+    row_max = jnp.max(scores, axis=1)
+    low = jnp.full_like(_to_ordered(row_max), _to_ordered(jnp.float32(SMALLEST_SCORE)))
+    high = jnp.maximum(_to_ordered(row_max) + 1, low)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        reaching = jnp.sum(scores >= _from_ordered(middle)[:, None], axis=1, dtype=jnp.int32)
+        is_enough = reaching >= count
+        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
+
+    low, _ = lax.fori_loop(0, 31, halve, (low, high))
+    return (scores >= _from_ordered(low)[:, None]) & (count > 0)
+
+
+class _Bracket(NamedTuple):
+    """Cuts as ordered integers: at least ``count`` scores reach ``low``, fewer reach ``high``."""
+
+    low: Int[Array, ""]
+    high: Int[Array, ""]
+    count_low: Int[Array, ""]
+    count_high: Int[Array, ""]
+    passes: Int[Array, ""]
+
+    def is_open(self, count: Int[Array, ""]) -> Bool[Array, ""]:
+        return (self.count_low > count) & (self.high - self.low > 1)
+
+    def split_at(self, cut: Int[Array, ""], reaching: Int[Array, ""], count: Int[Array, ""]) -> "_Bracket":
+        is_enough = reaching >= count
+        return _Bracket(
+            low=jnp.where(is_enough, cut, self.low),
+            high=jnp.where(is_enough, self.high, cut),
+            count_low=jnp.where(is_enough, reaching, self.count_low),
+            count_high=jnp.where(is_enough, self.count_high, reaching),
+            passes=self.passes + 1,
+        )
+
+
+def _propose(bracket: _Bracket, count: Int[Array, ""], first: Scalar) -> Int[Array, ""]:
+    low, high = _from_ordered(bracket.low), _from_ordered(bracket.high)
+    # 0.5 keeps the logarithm finite at the top of the bracket, which nothing reaches.
+    log_low = jnp.log(bracket.count_low.astype(jnp.float32) + 0.5)
+    log_high = jnp.log(bracket.count_high.astype(jnp.float32) + 0.5)
+    fraction = (log_low - jnp.log(count.astype(jnp.float32))) / (log_low - log_high)
+    interpolated = _to_ordered(low + fraction * (high - low))
+    middle = bracket.low + (bracket.high - bracket.low) // 2
+    cut = jnp.where(bracket.passes % 3 == 2, middle, interpolated)
+    cut = jnp.where((bracket.passes == 0) & (first > 0), _to_ordered(first), cut)
+    return jnp.clip(cut, bracket.low + 1, bracket.high - 1)
+
+
+def _count_reaching(scores: Array, cut: Scalar) -> Int[Array, ""]:
+    return jnp.sum(scores >= cut, dtype=jnp.int32)
+
+
+def _to_ordered(value: Array) -> Array:
+    """Return the bit pattern, which for non-negative floats is in the order of the floats."""
+    return lax.bitcast_convert_type(value, jnp.int32)
+
+
+def _from_ordered(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
