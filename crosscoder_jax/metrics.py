@@ -1,0 +1,95 @@
+"""Reconstruction and sparsity metrics as ratios of sums: one implementation for training and evaluation.
+
+All sums are over tokens, so they add up over batches, devices and hosts, and no metric depends on
+the batch size. Energies are in normalised units; per-source fractions do not depend on the units.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from crosscoder_jax.sources import Sources
+from crosscoder_jax.typing import Acts, Latents
+
+DENSE_FREQUENCY = 0.1
+"""A latent that fires on more than this share of tokens is ultra-dense."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReconstructionSums:
+    """Sums over tokens from which the fraction of variance explained follows."""
+
+    tokens: Float[Array, ""]
+    total: Float[Array, "width"]
+    """Sum of activations."""
+    energy: Float[Array, "source"]
+    """Sum of squared norms of the activations."""
+    error: Float[Array, "source"]
+    """Sum of squared norms of the residuals."""
+
+
+def reconstruction_sums(
+    acts: Acts, recon: Acts, sources: Sources, is_valid: Bool[Array, "batch"] | None = None
+) -> ReconstructionSums:
+    """Sum up one batch.
+
+    Args:
+        acts: what was to be reconstructed, normalised units.
+        recon: the reconstruction, same units.
+        sources: how the width axis is divided.
+        is_valid: rows that count; padding rows do not. All by default.
+    """
+    weight = jnp.ones((acts.shape[0],), jnp.float32) if is_valid is None else is_valid.astype(jnp.float32)
+    rows = weight[:, None]
+
+    def energies(values: Array) -> Array:
+        return jnp.stack(
+            [jnp.sum(jnp.square(part)) for part in sources.split(jnp.where(rows > 0, values, 0.0))]
+        )
+
+    return ReconstructionSums(
+        tokens=jnp.sum(weight),
+        total=jnp.sum(jnp.where(rows > 0, acts, 0.0), axis=0),
+        energy=energies(acts),
+        error=energies(acts - recon),
+    )
+
+
+def explained_variance(sums: ReconstructionSums, sources: Sources) -> dict[str, Array]:
+    """Return the fraction of variance explained, pooled (``"fve"``) and per source (``"fve/<name>"``).
+
+    ``1 - sum ||a - ahat||^2 / sum ||a - mean(a)||^2``: about the mean, so that predicting the mean
+    scores exactly 0. The pooled value weighs sources by their variance in normalised units.
+    """
+    of_mean = jnp.stack([jnp.sum(jnp.square(part)) for part in sources.split(sums.total)]) / sums.tokens
+    variance = sums.energy - of_mean
+    fractions = {"fve": 1 - jnp.sum(sums.error) / jnp.sum(variance)}
+    per_source = 1 - sums.error / variance
+    return fractions | {f"fve/{name}": per_source[i] for i, name in enumerate(sources.names)}
+
+
+def l0(code: Latents, is_valid: Bool[Array, "batch"] | None = None) -> Float[Array, ""]:
+    """Return the mean number of active latents per token."""
+    counts = jnp.sum(code > 0, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+    if is_valid is None:
+        return jnp.mean(counts)
+    return jnp.sum(jnp.where(is_valid, counts, 0.0)) / jnp.sum(is_valid)
+
+
+def fired_counts(code: Latents, is_valid: Bool[Array, "batch"] | None = None) -> Array:
+    """Return on how many tokens each latent is active, int32."""
+    active = code > 0 if is_valid is None else (code > 0) & is_valid[:, None]
+    return jnp.sum(active, axis=0, dtype=jnp.int32)
+
+
+def frequency_metrics(fired: np.ndarray, num_tokens: int) -> dict[str, float]:
+    """Return the shares of latents that never fire (``"dead"``) and that nearly always do (``"dense"``)."""
+    frequency = np.asarray(fired, np.float64) / max(num_tokens, 1)
+    return {
+        "dead": float(np.mean(frequency == 0)),
+        "dense": float(np.mean(frequency > DENSE_FREQUENCY)),
+    }

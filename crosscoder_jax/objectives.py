@@ -1,0 +1,144 @@
+"""What training minimises: reconstruction losses, the L1-of-norms penalty and AuxK."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.sources import Sources, safe_norm
+from crosscoder_jax.sparsity import top_scores_per_row
+from crosscoder_jax.typing import Acts, Latents, Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredError:
+    """``mean_batch sum_s ||a^s - ahat^s||^2``: the loss as papers print it.
+
+    References:
+        Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders.
+    """
+
+    def __call__(self, residual: Acts, sources: Sources) -> Scalar:
+        """Return the loss in squared normalised units."""
+        del sources
+        return jnp.mean(jnp.sum(jnp.square(residual), axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorNorm:
+    """``mean over batch and sources of ||a^s - ahat^s||_2``, not squared.
+
+    What the code behind arXiv 2504.02922 minimises by default; its L1 weights belong to this loss.
+    """
+
+    def __call__(self, residual: Acts, sources: Sources) -> Scalar:
+        """Return the loss in normalised units."""
+        return jnp.mean(jnp.stack([jnp.mean(safe_norm(part)) for part in sources.split(residual)]))
+
+
+Reconstruction = SquaredError | ErrorNorm
+"""Every reconstruction loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class L1OfNorms:
+    """``weight * mean_batch sum_j f_j sum_s ||d_j^s||``: the penalty of L1 crosscoders.
+
+    Its gradient also shrinks decoders, which is what makes shared latents look exclusive
+    (Complete Shrinkage, Latent Decoupling).
+
+    References:
+        Lindsey et al. 2024; Minder et al. 2025, arXiv 2504.02922.
+    """
+
+    weight: float
+    """Penalty per unit of score; 0.041 with :class:`ErrorNorm` is the published recipe."""
+    warmup_steps: int = 0
+    """Steps over which the weight rises linearly from zero."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.warmup_steps < 0:
+            raise ValueError(
+                f"weight={self.weight} and warmup_steps={self.warmup_steps} must not be negative"
+            )
+
+    def __call__(
+        self, code: Latents, norms: Float[Array, "source latent"], step: Int[Array, ""] | int
+    ) -> Scalar:
+        """Return the penalty at a training step."""
+        rise = jnp.clip(jnp.asarray(step, jnp.float32) / max(self.warmup_steps, 1), 0.0, 1.0)
+        weight = self.weight * (rise if self.warmup_steps else 1.0)
+        return weight * jnp.mean(jnp.sum(code * jnp.sum(norms, axis=0), axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxK:
+    """Let dead latents reconstruct what the live ones leave over.
+
+    ``weight * mean ||e - ehat||^2 / mean ||e - mean e||^2`` with the residual e detached and ehat
+    decoded without bias from the ``k_aux`` dead latents of each token with the largest scores.
+
+    References:
+        Gao et al. 2024, arXiv 2406.04093; the form is the one of the code behind arXiv 2504.02922.
+    """
+
+    weight: float = 1 / 32
+    """Share of this loss in the whole."""
+    k_aux: int | None = None
+    """Dead latents used per token; ``None`` is half the width of the widest source."""
+    dead_after_tokens: int = 10_000_000
+    """A latent is dead when it has not fired for this many tokens."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"weight={self.weight} must not be negative")
+        if self.dead_after_tokens <= 0:
+            raise ValueError(f"dead_after_tokens={self.dead_after_tokens} must be positive")
+        if self.k_aux is not None and self.k_aux <= 0:
+            raise ValueError(f"k_aux={self.k_aux} must be positive; leave AuxK out to train without it")
+
+    def __call__(
+        self, crosscoder: Crosscoder, pre_acts: Latents, residual: Acts, is_dead: Bool[Array, "latent"]
+    ) -> Scalar:
+        """Return the weighted loss; zero, and nothing computed, while no latent is dead.
+
+        Args:
+            crosscoder: gives decoders and score weights.
+            pre_acts: encoder outputs of this batch.
+            residual: what is left after reconstruction, normalised units; detached here.
+            is_dead: the latents that may take part; only they get a gradient.
+        """
+        k_aux = self.k_aux or max(crosscoder.config.sources.widths) // 2
+        residual = lax.stop_gradient(residual)
+        num_dead = jnp.sum(is_dead, dtype=jnp.int32)
+
+        def revive(pre_acts: Latents) -> Scalar:
+            code = _dead_code(crosscoder, pre_acts, is_dead, num_dead, k_aux)
+            missed = residual - crosscoder.decode_without_bias(code)
+            spread = jnp.mean(jnp.sum(jnp.square(residual - jnp.mean(residual, axis=0)), axis=-1))
+            loss = jnp.mean(jnp.sum(jnp.square(missed), axis=-1)) / jnp.where(spread > 0, spread, 1.0)
+            return self.weight * jnp.where(spread > 0, loss, 0.0)
+
+        return lax.cond(num_dead > 0, revive, lambda _: jnp.zeros((), jnp.float32), pre_acts)
+
+
+def _dead_code(
+    crosscoder: Crosscoder,
+    pre_acts: Latents,
+    is_dead: Bool[Array, "latent"],
+    num_dead: Int[Array, ""],
+    k_aux: int,
+) -> Latents:
+    acts = jnp.where(is_dead, jax.nn.relu(pre_acts), 0.0)
+    scores = lax.stop_gradient(acts.astype(jnp.float32) * crosscoder.score_weights())
+    # While all dead latents fit there is nothing to rank, which is nearly always.
+    keep = lax.cond(
+        num_dead <= k_aux,
+        lambda scores: scores > 0,
+        lambda scores: top_scores_per_row(scores, jnp.int32(k_aux)),
+        scores,
+    )
+    return jnp.where(keep, acts, 0.0)

@@ -1,0 +1,90 @@
+"""The recipe of a training run."""
+
+import dataclasses
+
+import optax
+
+from crosscoder_jax.crosscoder import CrosscoderConfig
+from crosscoder_jax.objectives import AuxK, ErrorNorm, L1OfNorms, Reconstruction
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the weights a run ends with, apart from the data.
+
+    Raises:
+        ValueError: if a value makes no run.
+    """
+
+    crosscoder: CrosscoderConfig
+    """Shape and rules of the crosscoder."""
+    num_steps: int
+    """Optimiser steps."""
+    batch_size: int = 2048
+    """Tokens per step, over all devices; 2048 is the published recipe."""
+    learning_rate: float = 1e-4
+    """Peak rate of Adam; the published recipe."""
+    warmup_steps: int = 1000
+    """Steps over which the rate rises linearly from zero; the published recipe."""
+    decay_fraction: float = 0.2
+    """Last share of the steps over which the rate falls linearly to zero (Kissane et al. 2024)."""
+    adam_b1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_b2: float = 0.999
+    """Decay of Adam's second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; ``None`` does not clip."""
+    loss: Reconstruction = ErrorNorm()  # noqa: RUF009 - a frozen value
+    """Reconstruction loss; the un-squared norm is what the published runs minimised."""
+    l1: L1OfNorms | None = None
+    """Sparsity penalty; needed with ReLU, useless with BatchTopK."""
+    aux_k: AuxK | None = AuxK()  # noqa: RUF009 - a frozen value
+    """Revival of dead latents; ``None`` trains without."""
+    threshold_decay: float = 0.99
+    """Of the running inference threshold, per step, bias-corrected. Published: 0.999 from step 1000 on;
+    a memory of 100 steps follows the falling learning rate more closely and suits short runs too."""
+    decoder_norm: float = 1.0
+    """Initial norm of each latent's decoder in each source, normalised units; published: 1 for BatchTopK."""
+    is_scaled: bool = True
+    """Scale each source to E||x|| = sqrt(width), so that sources and layers weigh the same."""
+    is_centred: bool = True
+    """Subtract each source's mean first: one coordinate can carry half the norm of every token."""
+    seed: int = 0
+    """Of the initial directions and of the order of the data."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if not 0 <= self.warmup_steps <= self.num_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must lie between 0 and num_steps={self.num_steps}"
+            )
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1")
+        if not 0 <= self.threshold_decay < 1:
+            raise ValueError(f"threshold_decay={self.threshold_decay} must lie in [0, 1)")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be positive; None does not clip")
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """Return the rate at each step: linear warm-up, constant, linear decay to zero."""
+    decay_steps = min(round(config.decay_fraction * config.num_steps), config.num_steps - config.warmup_steps)
+    warmup = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
+    constant = optax.constant_schedule(config.learning_rate)
+    decay = optax.linear_schedule(config.learning_rate, 0.0, max(decay_steps, 1))
+    return optax.join_schedules(
+        [warmup if config.warmup_steps else constant, constant, decay],
+        [config.warmup_steps, config.num_steps - decay_steps],
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Return Adam under the learning-rate schedule, after clipping by the global norm."""
+    adam = optax.adam(learning_rate_schedule(config), config.adam_b1, config.adam_b2, config.adam_eps)
+    return (
+        adam if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+    )

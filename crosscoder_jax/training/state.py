@@ -1,0 +1,103 @@
+"""What a training run carries from step to step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.sharding import Shardings
+from crosscoder_jax.training.config import TrainConfig, make_optimizer
+
+TOKENS_CAP = 2**30
+"""Counters of tokens without firing stop here, so that int32 never overflows."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters, optimiser and running statistics; a pytree, replaced and never changed."""
+
+    step: Int[Array, ""]
+    """Steps done."""
+    params: nnx.State
+    """Weights and biases of the crosscoder, float32, normalised units."""
+    fixed: nnx.State
+    """Its normaliser (and the threshold it began with)."""
+    opt_state: optax.OptState
+    """Adam's moments, float32."""
+    threshold_sum: Float[Array, ""]
+    """Exponential sum of the smallest kept scores, not yet corrected for its start at zero."""
+    threshold_weight: Float[Array, ""]
+    """Sum of the weights in ``threshold_sum``."""
+    tokens_since_fired: Int[Array, "latent"]
+    """Tokens seen since each latent last fired in a training batch."""
+    key: Key[Array, ""]
+    """Randomness for steps that need any."""
+    graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+    """Structure of the crosscoder."""
+
+    @property
+    def threshold(self) -> Float[Array, ""]:
+        """The running inference threshold, in units of scores; 0 before the first step."""
+        return self.threshold_sum / jnp.where(self.threshold_weight > 0, self.threshold_weight, 1.0)
+
+    def crosscoder(self) -> Crosscoder:
+        """Return the crosscoder as it stands, with the running threshold."""
+        crosscoder = nnx.merge(self.graphdef, self.params, self.fixed, copy=True)
+        crosscoder.threshold[...] = self.threshold
+        return crosscoder
+
+
+def init_state(
+    config: TrainConfig,
+    *,
+    mean: np.ndarray | None = None,
+    scale: np.ndarray | None = None,
+    b_dec: np.ndarray | None = None,
+    shardings: Shardings = Shardings(),  # noqa: B008 - a frozen value
+) -> TrainState:
+    """Make the state before the first step, every array created where it will live.
+
+    Args:
+        config: the recipe.
+        mean: of each coordinate, raw activation units; see :func:`data_statistics`.
+        scale: factor of each source after centring.
+        b_dec: initial decoder bias, normalised units.
+        shardings: layout of the mesh that is set.
+    """
+    width, num_sources = config.crosscoder.sources.width, len(config.crosscoder.sources)
+    mean = np.zeros(width, np.float32) if mean is None else np.asarray(mean, np.float32)
+    scale = np.ones(num_sources, np.float32) if scale is None else np.asarray(scale, np.float32)
+    b_dec = np.zeros(width, np.float32) if b_dec is None else np.asarray(b_dec, np.float32)
+
+    @jax.jit
+    def make(key: Array, mean: Array, scale: Array, b_dec: Array) -> TrainState:
+        init_key, step_key = jax.random.split(key)
+        crosscoder = Crosscoder(
+            config.crosscoder,
+            key=init_key,
+            decoder_norm=config.decoder_norm,
+            mean=mean,
+            scale=scale,
+            shardings=shardings,
+        )
+        crosscoder.b_dec[...] = b_dec
+        graphdef, params, fixed = nnx.split(crosscoder, nnx.Param, ...)
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            fixed=fixed,
+            opt_state=make_optimizer(config).init(params),
+            threshold_sum=jnp.float32(0),
+            threshold_weight=jnp.float32(0),
+            tokens_since_fired=jnp.zeros_like(params["b_enc"][...], dtype=jnp.int32),
+            key=step_key,
+            graphdef=graphdef,
+        )
+
+    return make(jax.random.key(config.seed), mean, scale, b_dec)

@@ -1,0 +1,179 @@
+"""One optimiser step, and one measurement, as pure functions."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.metrics import (
+    ReconstructionSums,
+    explained_variance,
+    fired_counts,
+    l0,
+    reconstruction_sums,
+)
+from crosscoder_jax.sparsity import SparseCode, apply_threshold
+from crosscoder_jax.training.config import TrainConfig, learning_rate_schedule, make_optimizer
+from crosscoder_jax.training.state import TOKENS_CAP, TrainState
+from crosscoder_jax.typing import Acts, Scalar
+
+Metrics = dict[str, Array]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[TrainState, Metrics]:
+    """Take one step; the state given is donated and must not be used again.
+
+    Args:
+        state: from :func:`init_state` or the step before.
+        acts: one global batch of raw activations, all sources concatenated.
+        config: the recipe; compiled in.
+
+    Returns:
+        The next state and scalar metrics of this batch before the update. ``is_finite/<tensor>``
+        are False where the batch, the loss or a gradient held a NaN or an infinity.
+
+    Examples:
+        >>> import crosscoder_jax as cc
+        >>> sources = cc.Sources((cc.Source("base", 8), cc.Source("chat", 8)))
+        >>> recipe = TrainConfig(
+        ...     cc.CrosscoderConfig(sources, num_latents=32, sparsity=cc.BatchTopK(k=4)),
+        ...     num_steps=10, batch_size=64, warmup_steps=2,
+        ... )
+        >>> state = cc.init_state(recipe)
+        >>> acts = jax.random.normal(jax.random.key(0), (64, 16))
+        >>> state, metrics = train_step(state, acts, config=recipe)
+        >>> int(state.step), float(metrics["l0"])
+        (1, 4.0)
+    """
+    normalized = nnx.merge(state.graphdef, state.params, state.fixed).normalize(acts)
+
+    def objective(params: nnx.State) -> tuple[Scalar, _Forward]:
+        crosscoder = nnx.merge(state.graphdef, params, state.fixed)
+        return _objective(crosscoder, normalized, state, config)
+
+    (loss, forward), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(jnp.add, state.params, updates)
+    smallest = jnp.where(jnp.isfinite(forward.smallest_score), forward.smallest_score, 0.0)
+    next_state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        threshold_sum=_decay(state.threshold_sum, smallest, config.threshold_decay),
+        threshold_weight=_decay(state.threshold_weight, 1.0, config.threshold_decay),
+        tokens_since_fired=forward.tokens_since_fired,
+    )
+    return next_state, _train_metrics(next_state, config, acts, loss, forward, grads)
+
+
+class _Forward(NamedTuple):
+    """What the forward pass leaves for the statistics and the metrics."""
+
+    sums: ReconstructionSums
+    l0: Scalar
+    smallest_score: Scalar
+    tokens_since_fired: Int[Array, "latent"]
+    parts: Metrics
+
+
+def _objective(
+    crosscoder: Crosscoder, normalized: Acts, state: TrainState, config: TrainConfig
+) -> tuple[Scalar, _Forward]:
+    sources = config.crosscoder.sources
+    pre_acts = crosscoder.pre_acts(normalized)
+    sparse = config.crosscoder.sparsity(
+        pre_acts, crosscoder.score_weights(), step=state.step, guess=state.threshold
+    )
+    recon = crosscoder.decode_normalized(sparse.code)
+    since_fired = _count_silence(state.tokens_since_fired, sparse, normalized.shape[0])
+    parts = {"loss/reconstruction": config.loss(normalized - recon, sources)}
+    if config.l1 is not None:
+        parts["loss/l1"] = config.l1(sparse.code, crosscoder.decoder_norms(), state.step)
+    if config.aux_k is not None:
+        is_dead = since_fired >= config.aux_k.dead_after_tokens
+        parts["loss/aux_k"] = config.aux_k(crosscoder, pre_acts, normalized - recon, is_dead)
+    forward = _Forward(
+        sums=reconstruction_sums(normalized, recon, sources),
+        l0=l0(sparse.code),
+        smallest_score=sparse.smallest_score,
+        tokens_since_fired=since_fired,
+        parts=parts,
+    )
+    return jax.tree.reduce(jnp.add, parts), jax.lax.stop_gradient(forward)
+
+
+def _count_silence(since_fired: Array, sparse: SparseCode, num_tokens: int) -> Array:
+    silent = jnp.minimum(since_fired + num_tokens, TOKENS_CAP)
+    return jnp.where(fired_counts(sparse.code) > 0, 0, silent)
+
+
+def _decay(total: Scalar, value: Scalar | float, decay: float) -> Scalar:
+    return decay * total + (1 - decay) * value
+
+
+def _train_metrics(
+    state: TrainState, config: TrainConfig, acts: Acts, loss: Scalar, forward: _Forward, grads: nnx.State
+) -> Metrics:
+    grad_norms = {name: jnp.sqrt(jnp.sum(jnp.square(grads[name][...]))) for name in grads}
+    dead_after = config.aux_k.dead_after_tokens if config.aux_k else 10_000_000
+    return {
+        "loss": loss,
+        **forward.parts,
+        **explained_variance(forward.sums, config.crosscoder.sources),
+        "l0": forward.l0,
+        "dead": jnp.mean(state.tokens_since_fired >= dead_after),
+        "threshold": state.threshold,
+        "lr": jnp.asarray(learning_rate_schedule(config)(state.step - 1), jnp.float32),
+        "grad_norm": jnp.sqrt(sum(jnp.square(norm) for norm in grad_norms.values())),
+        "is_finite/batch": jnp.isfinite(jnp.sum(forward.sums.energy)),
+        "is_finite/loss": jnp.isfinite(loss),
+        **{f"is_finite/gradient of {name}": jnp.isfinite(norm) for name, norm in grad_norms.items()},
+    }
+
+
+class EvalBatch(NamedTuple):
+    """Sums of one batch under both rules; add them up and finalise."""
+
+    inference: ReconstructionSums
+    training: ReconstructionSums
+    active_inference: Scalar
+    """Active (token, latent) pairs at the inference rule."""
+    active_training: Scalar
+    """Active pairs at the training rule, applied to this batch."""
+    fired: Int[Array, "latent"]
+    """Tokens on which each latent fires at the inference rule."""
+
+
+@jax.jit
+def eval_step(crosscoder: Crosscoder, acts: Acts, is_valid: Bool[Array, "batch"]) -> EvalBatch:
+    """Measure one batch of raw activations; nothing changes state.
+
+    Args:
+        crosscoder: whose inference threshold and training rule are measured.
+        acts: raw activations; rows that are not valid are ignored, whatever they hold.
+        is_valid: which rows are tokens.
+    """
+    sources = crosscoder.config.sources
+    normalized = jnp.where(is_valid[:, None], crosscoder.normalize(acts), 0.0)
+    pre_acts = jnp.where(is_valid[:, None], crosscoder.pre_acts(normalized), 0.0)
+    weights = crosscoder.score_weights()
+    inference = apply_threshold(pre_acts, weights, crosscoder.threshold[...])
+    training = crosscoder.config.sparsity(pre_acts, weights).code
+
+    def sums(code: Array) -> ReconstructionSums:
+        return reconstruction_sums(normalized, crosscoder.decode_normalized(code), sources, is_valid)
+
+    return EvalBatch(
+        inference=sums(inference),
+        training=sums(training),
+        active_inference=jnp.sum(fired_counts(inference, is_valid)).astype(jnp.float32),
+        active_training=jnp.sum(fired_counts(training, is_valid)).astype(jnp.float32),
+        fired=fired_counts(inference, is_valid),
+    )
