@@ -1,1 +1,54 @@
-"""Crosscoders in JAX: which concepts belong to one of two language models only."""
+"""Crosscoders in JAX: which concepts belong to one of two language models only.
+
+The names here are what research code needs. Rooms that need more than numpy, jax, flax and optax
+(the store, the language models, the report) are imported when first touched.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from crosscoder_jax.crosscoder import Crosscoder as Crosscoder
+from crosscoder_jax.crosscoder import CrosscoderConfig as CrosscoderConfig
+from crosscoder_jax.crosscoder import fold_normalization as fold_normalization
+from crosscoder_jax.metrics import explained_variance as explained_variance
+from crosscoder_jax.metrics import l0 as l0
+from crosscoder_jax.metrics import reconstruction_sums as reconstruction_sums
+from crosscoder_jax.objectives import AuxK as AuxK
+from crosscoder_jax.objectives import ErrorNorm as ErrorNorm
+from crosscoder_jax.objectives import L1OfNorms as L1OfNorms
+from crosscoder_jax.objectives import SquaredError as SquaredError
+from crosscoder_jax.sharding import Shardings as Shardings
+from crosscoder_jax.sharding import make_mesh as make_mesh
+from crosscoder_jax.sources import Source as Source
+from crosscoder_jax.sources import Sources as Sources
+from crosscoder_jax.sources import difference as difference
+from crosscoder_jax.sparsity import BatchTopK as BatchTopK
+from crosscoder_jax.sparsity import ReLU as ReLU
+from crosscoder_jax.training.config import TrainConfig as TrainConfig
+from crosscoder_jax.training.state import TrainState as TrainState
+from crosscoder_jax.training.state import init_state as init_state
+from crosscoder_jax.training.step import eval_step as eval_step
+from crosscoder_jax.training.step import train_step as train_step
+
+if TYPE_CHECKING:
+    from crosscoder_jax.activations.store import ActivationStore as ActivationStore
+    from crosscoder_jax.interop.published import load as load
+    from crosscoder_jax.interop.published import save as save
+
+_LAZY = {
+    "ActivationStore": "crosscoder_jax.activations.store",
+    "load": "crosscoder_jax.interop.published",
+    "save": "crosscoder_jax.interop.published",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the rooms that need more than numpy, jax, flax and optax when they are first used."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'crosscoder_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Name the lazy members too."""
+    return sorted([*globals(), *_LAZY])

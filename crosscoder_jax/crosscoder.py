@@ -37,7 +37,7 @@ class CrosscoderConfig:
     """What is read and reconstructed, in this order on the width axis."""
     num_latents: int
     """Size of the dictionary."""
-    sparsity: Sparsity = BatchTopK(k=100.0)
+    sparsity: Sparsity = BatchTopK(k=100.0)  # noqa: RUF009 - a frozen value
     """How the code is made sparse in training; 100 per token is the published recipe."""
     code_norm: CodeNorm = SumOfNorms()  # noqa: RUF009 - a frozen value
     """How latents are weighed against each other when they are ranked."""

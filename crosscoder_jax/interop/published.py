@@ -1,0 +1,118 @@
+"""A published crosscoder: one folder with ``crosscoder.safetensors`` and ``config.json``.
+
+The folder is self-contained: weights, normaliser, inference threshold, k, source names and where
+they came from. Loading reads tensors and plain data only; nothing in a file is executed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialize
+
+from crosscoder_jax.activations.atomic import read_json, write_bytes_atomically, write_json_atomically
+from crosscoder_jax.configs import config_from_json, config_to_json
+from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig
+
+FORMAT_VERSION = 1
+_TENSORS = ("w_enc", "b_enc", "w_dec", "b_dec", "mean", "scale", "threshold")
+
+
+def save(crosscoder: Crosscoder, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> Path:
+    """Write a crosscoder so that :func:`load` gives the same function back, bit for bit.
+
+    Weights are saved in the units they are in, with the normaliser beside them; save
+    ``fold_normalization(crosscoder)`` for weights in raw activation units. Each of the two files is
+    replaced as a whole.
+
+    Args:
+        crosscoder: what to save; everything in float32.
+        folder: made if missing.
+        provenance: plain data about models, layer, tokens and recipe, kept in ``config.json``.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.array(getattr(crosscoder, name)[...], np.float32) for name in _TENSORS}
+    document = {
+        "format": "crosscoder_jax",
+        "format_version": FORMAT_VERSION,
+        "crosscoder": config_to_json(crosscoder.config),
+        "provenance": dict(provenance or {}),
+    }
+    write_bytes_atomically(folder / "crosscoder.safetensors", serialize(tensors))
+    write_json_atomically(folder / "config.json", document)
+    return folder
+
+
+def load(folder: str | Path) -> Crosscoder:
+    """Read a crosscoder written by :func:`save`.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it: not ours, truncated, a tensor missing
+            or of another shape than the config says.
+
+    Examples:
+        >>> import tempfile, crosscoder_jax as cc
+        >>> sources = cc.Sources((cc.Source("base", 4), cc.Source("chat", 4)))
+        >>> crosscoder = cc.Crosscoder(cc.CrosscoderConfig(sources, num_latents=8), key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = load(save(crosscoder, folder))
+        >>> bool((again(jnp.ones((1, 8))) == crosscoder(jnp.ones((1, 8)))).all())
+        True
+    """
+    folder = Path(folder)
+    config = config_from_json(
+        CrosscoderConfig, _read_document(folder)["crosscoder"], where=f"{folder / 'config.json'}: crosscoder"
+    )
+    crosscoder = nnx.eval_shape(lambda: Crosscoder(config, key=jax.random.key(0)))
+    path = folder / "crosscoder.safetensors"
+    tensors = _read_tensors(path)
+    for name in _TENSORS:
+        variable = getattr(crosscoder, name)
+        if name not in tensors:
+            raise ValueError(f"{path}: has no tensor {name!r}: save the crosscoder again")
+        if tensors[name].shape != variable.shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tensors[name].shape}, but config.json beside it describes "
+                f"{variable.shape}: the two files belong to different crosscoders"
+            )
+        setattr(crosscoder, name, type(variable)(jnp.asarray(tensors[name], jnp.float32)))
+    return crosscoder
+
+
+def load_provenance(folder: str | Path) -> dict[str, Any]:
+    """Read what :func:`save` was told about where a crosscoder comes from."""
+    return dict(_read_document(Path(folder)).get("provenance", {}))
+
+
+def _read_document(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing: {folder} holds no saved crosscoder")
+    document = read_json(path)
+    if not isinstance(document, dict) or document.get("format") != "crosscoder_jax":
+        raise ValueError(f"{path}: is not a crosscoder saved by this package")
+    if document.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: has format_version {document.get('format_version')!r}, this release reads "
+            f"{FORMAT_VERSION}: update crosscoder-jax"
+        )
+    return document
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing: save the crosscoder again")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is not a whole safetensors file ({error}): copy it again") from error
