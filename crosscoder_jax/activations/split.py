@@ -1,0 +1,52 @@
+"""Which documents are held out from training."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Int64, Integer
+
+from crosscoder_jax.activations.hashing import hash64
+from crosscoder_jax.activations.store import ActivationStore
+
+_SCAN_TOKENS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Holds out whole documents, by a hash of the document's index and a seed.
+
+    Never single tokens: neighbours in a document are so alike that held-out tokens would measure
+    nothing. A document stays on its side when the store grows.
+
+    Raises:
+        ValueError: if ``fraction`` is not at least 0 and below 1.
+
+    Examples:
+        >>> Split(fraction=0.25, seed=1).is_held_out(np.arange(8)).tolist()
+        [False, False, False, False, True, True, False, False]
+    """
+
+    fraction: float = 0.1
+    """Share of the documents that is held out, on average."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise ValueError(f"fraction={self.fraction} of held-out documents must be at least 0 and below 1")
+
+    def is_held_out(self, documents: Integer[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+        """Tell of each document index whether it is held out."""
+        # 53 bits: what a float64 holds exactly.
+        uniform = (hash64(self.seed, values=documents) >> np.uint64(11)) * 2.0**-53
+        return uniform < self.fraction
+
+    def token_ranges(self, store: ActivationStore, *, held_out: bool) -> Int64[np.ndarray, "ranges 2"]:
+        """Return the token ranges ``[start, stop)`` of one side, in order, neighbours joined."""
+        edges, previous = [np.zeros(0, np.int64)], False
+        for start in range(0, store.num_tokens, _SCAN_TOKENS):
+            documents = store.documents(start, min(start + _SCAN_TOKENS, store.num_tokens))
+            is_wanted = self.is_held_out(documents) == held_out
+            edges.append(start + np.flatnonzero(np.diff(is_wanted, prepend=previous)))
+            previous = bool(is_wanted[-1])
+        closing = [np.array([store.num_tokens])] if previous else []
+        return np.concatenate(edges + closing).astype(np.int64).reshape(-1, 2)
