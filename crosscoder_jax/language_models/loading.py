@@ -1,0 +1,158 @@
+"""Load language models and tokenizers, and say exactly which ones they were."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from crosscoder_jax.language_models.config import ModelReference
+
+_IDENTITY_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
+"""Files of a model folder that decide what it computes: weights, configs, tokenizer."""
+UNKNOWN_REVISION = "unknown"
+"""Stands where a model on the hub does not tell its commit."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are read."""
+
+    reference: ModelReference
+    """Where it was looked for."""
+    revision: str
+    """Commit hash on the hub, or ``sha256:...`` over the files of a local folder."""
+    num_blocks: int
+    """Number of transformer blocks."""
+    width: int
+    """Width of the residual stream."""
+    max_positions: int | None
+    """Longest sequence that its position embeddings allow; None where nothing limits it."""
+
+    def pinned(self) -> ModelReference:
+        """Refer to exactly this version, also after the branch on the hub has moved."""
+        if self.reference.is_local or self.revision == UNKNOWN_REVISION:
+            return self.reference
+        return dataclasses.replace(self.reference, revision=self.revision)
+
+
+def read_facts(reference: ModelReference) -> ModelFacts:
+    """Read a model's config and identify its exact version, without loading the weights.
+
+    Raises:
+        ValueError: when there is no such model, naming it.
+    """
+    _check_reference(reference)
+    with quiet(), _model_errors(reference):
+        config = transformers.AutoConfig.from_pretrained(reference.location, **_where(reference))
+    text = config.get_text_config()
+    return ModelFacts(
+        reference,
+        _revision(reference, config),
+        text.num_hidden_layers,
+        text.hidden_size,
+        getattr(text, "max_position_embeddings", None),
+    )
+
+
+def load_model(facts: ModelFacts, *, dtype: str, device: str) -> nn.Module:
+    """Load a causal language model for inference. Never runs code that comes with the weights.
+
+    Args:
+        facts: Which model, as returned by ``read_facts``.
+        dtype: ``bfloat16`` or ``float32``.
+        device: Torch device such as ``cpu`` or ``cuda:0``.
+
+    Raises:
+        ValueError: when the weights cannot be loaded, naming the model.
+    """
+    where = _where(facts.pinned())
+    with quiet(), _model_errors(facts.reference):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            facts.reference.location, dtype=getattr(torch, dtype), **where
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(reference: ModelReference) -> Any:
+    """Load a model's tokenizer.
+
+    Raises:
+        ValueError: when there is none, naming the model.
+    """
+    _check_reference(reference)
+    with quiet(), _model_errors(reference):
+        return transformers.AutoTokenizer.from_pretrained(reference.location, **_where(reference))
+
+
+def default_device() -> str:
+    """Name the first GPU, or the CPU where there is none."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and writing notes while a model is loaded."""
+    logging = transformers.utils.logging
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def sha256_of_files(files: list[Path]) -> str:
+    """Hash the names and contents of files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _where(reference: ModelReference) -> dict[str, Any]:
+    where = {"revision": reference.revision, "gguf_file": reference.gguf_file}
+    return {name: value for name, value in where.items() if value is not None}
+
+
+def _check_reference(reference: ModelReference) -> None:
+    if not reference.is_local:
+        if reference.location.startswith((".", "/", "~")) or reference.location.count("/") > 1:
+            raise ValueError(f"model {reference}: there is no folder {reference.location}")
+        return
+    if reference.revision is not None:
+        raise ValueError(f"model {reference}: revision is for models on the hub, this is a local folder")
+    folder = Path(reference.location)
+    if reference.gguf_file is not None and not (folder / reference.gguf_file).is_file():
+        raise ValueError(f"model {reference}: there is no file {reference.gguf_file} in {folder}")
+
+
+def _revision(reference: ModelReference, config: Any) -> str:
+    if not reference.is_local:
+        return getattr(config, "_commit_hash", None) or reference.revision or UNKNOWN_REVISION
+    folder = Path(reference.location)
+    if reference.gguf_file is not None:
+        return sha256_of_files([folder / reference.gguf_file])
+    return sha256_of_files([path for path in folder.iterdir() if path.suffix in _IDENTITY_SUFFIXES])
+
+
+@contextlib.contextmanager
+def _model_errors(reference: ModelReference) -> Iterator[None]:
+    """Say in one line which model could not be loaded, with the first line of the library's own words."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"model {reference} cannot be loaded: {reason} (name a hub id, a local folder or a .gguf file)"
+        ) from error
