@@ -88,7 +88,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
 def _read_union(members: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in members:
         return None
-    classes = {m.__name__: m for m in members if dataclasses.is_dataclass(m)}
+    classes = {m.__name__: m for m in members if isinstance(m, type) and dataclasses.is_dataclass(m)}
     if isinstance(value, Mapping) and classes:
         name = value.get("type") or (next(iter(classes)) if len(classes) == 1 else None)
         if name not in classes:

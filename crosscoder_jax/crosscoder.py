@@ -37,9 +37,9 @@ class CrosscoderConfig:
     """What is read and reconstructed, in this order on the width axis."""
     num_latents: int
     """Size of the dictionary."""
-    sparsity: Sparsity = BatchTopK(k=100.0)  # noqa: RUF009 - a frozen value
+    sparsity: Sparsity = BatchTopK(k=100.0)
     """How the code is made sparse in training; 100 per token is the published recipe."""
-    code_norm: CodeNorm = SumOfNorms()  # noqa: RUF009 - a frozen value
+    code_norm: CodeNorm = SumOfNorms()
     """How latents are weighed against each other when they are ranked."""
     dtype: str = "float32"
     """What matrix products are computed in: float32 or bfloat16; they accumulate in float32."""
@@ -97,7 +97,7 @@ class Crosscoder(nnx.Module):
         decoder_norm: float = 1.0,
         mean: PerWidth | np.ndarray | None = None,
         scale: Float[Array, "source"] | np.ndarray | None = None,
-        shardings: Shardings = Shardings(),  # noqa: B008 - a frozen value
+        shardings: Shardings = Shardings(),
     ) -> None:
         sources = config.sources
         w_dec = initial_decoder(config, key=key, decoder_norm=decoder_norm, shardings=shardings)

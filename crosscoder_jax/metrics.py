@@ -23,12 +23,12 @@ DENSE_FREQUENCY = 0.1
 class ReconstructionSums:
     """Sums over tokens from which the fraction of variance explained follows."""
 
-    tokens: Float[Array, ""]
-    total: Float[Array, "width"]
+    tokens: Float[Array | np.ndarray, ""]
+    total: Float[Array | np.ndarray, "width"]
     """Sum of activations."""
-    energy: Float[Array, "source"]
+    energy: Float[Array | np.ndarray, "source"]
     """Sum of squared norms of the activations."""
-    error: Float[Array, "source"]
+    error: Float[Array | np.ndarray, "source"]
     """Sum of squared norms of the residuals."""
 
 
@@ -59,15 +59,21 @@ def reconstruction_sums(
     )
 
 
-def explained_variance(sums: ReconstructionSums, sources: Sources) -> dict[str, Array]:
+def explained_variance(sums: ReconstructionSums, sources: Sources) -> dict[str, Array | np.ndarray]:
     """Return the fraction of variance explained, pooled (``"fve"``) and per source (``"fve/<name>"``).
 
     ``1 - sum ||a - ahat||^2 / sum ||a - mean(a)||^2``: about the mean, so that predicting the mean
     scores exactly 0. The pooled value weighs sources by their variance in normalised units.
+
+    Args:
+        sums: of one batch on the device, or of a corpus in float64 on the host; computed in kind.
+        sources: how the width axis is divided.
     """
-    of_mean = jnp.stack([jnp.sum(jnp.square(part)) for part in sources.split(sums.total)]) / sums.tokens
+    xp = sums.energy.__array_namespace__()
+    means = [sums.total[..., part] for part in sources.slices()]
+    of_mean = xp.stack([xp.sum(xp.square(part)) for part in means]) / sums.tokens
     variance = sums.energy - of_mean
-    fractions = {"fve": 1 - jnp.sum(sums.error) / jnp.sum(variance)}
+    fractions = {"fve": 1 - xp.sum(sums.error) / xp.sum(variance)}
     per_source = 1 - sums.error / variance
     return fractions | {f"fve/{name}": per_source[i] for i, name in enumerate(sources.names)}
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Sources:
             slice(start, start + width) for start, width in zip(self.offsets, self.widths, strict=True)
         )
 
-    def split(self, values: Array) -> tuple[Array, ...]:
+    def split(self, values: AnyArray) -> tuple[AnyArray, ...]:
         """Split ``[..., width]`` into one array per source (views where NumPy or XLA can)."""
         if values.shape[-1] != self.width:
             raise ValueError(

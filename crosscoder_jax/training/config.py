@@ -36,11 +36,11 @@ class TrainConfig:
     """Added to the root of Adam's second moment."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; ``None`` does not clip."""
-    loss: Reconstruction = ErrorNorm()  # noqa: RUF009 - a frozen value
+    loss: Reconstruction = ErrorNorm()
     """Reconstruction loss; the un-squared norm is what the published runs minimised."""
     l1: L1OfNorms | None = None
     """Sparsity penalty; needed with ReLU, useless with BatchTopK."""
-    aux_k: AuxK | None = AuxK()  # noqa: RUF009 - a frozen value
+    aux_k: AuxK | None = AuxK()
     """Revival of dead latents; ``None`` trains without."""
     threshold_decay: float = 0.99
     """Of the running inference threshold, per step, bias-corrected. Published: 0.999 from step 1000 on;

@@ -59,7 +59,7 @@ def init_state(
     mean: np.ndarray | None = None,
     scale: np.ndarray | None = None,
     b_dec: np.ndarray | None = None,
-    shardings: Shardings = Shardings(),  # noqa: B008 - a frozen value
+    shardings: Shardings = Shardings(),
 ) -> TrainState:
     """Make the state before the first step, every array created where it will live.
 
@@ -95,7 +95,7 @@ def init_state(
             opt_state=make_optimizer(config).init(params),
             threshold_sum=jnp.float32(0),
             threshold_weight=jnp.float32(0),
-            tokens_since_fired=jnp.zeros_like(params["b_enc"][...], dtype=jnp.int32),
+            tokens_since_fired=jnp.zeros_like(crosscoder.b_enc[...], dtype=jnp.int32),
             key=step_key,
             graphdef=graphdef,
         )

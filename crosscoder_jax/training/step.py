@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
@@ -22,7 +23,7 @@ from crosscoder_jax.training.config import TrainConfig, learning_rate_schedule, 
 from crosscoder_jax.training.state import TOKENS_CAP, TrainState
 from crosscoder_jax.typing import Acts, Scalar
 
-Metrics = dict[str, Array]
+Metrics = dict[str, Array | np.ndarray]
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -80,7 +81,7 @@ class _Forward(NamedTuple):
     l0: Scalar
     smallest_score: Scalar
     tokens_since_fired: Int[Array, "latent"]
-    parts: Metrics
+    parts: dict[str, Scalar]
 
 
 def _objective(
@@ -121,7 +122,9 @@ def _decay(total: Scalar, value: Scalar | float, decay: float) -> Scalar:
 def _train_metrics(
     state: TrainState, config: TrainConfig, acts: Acts, loss: Scalar, forward: _Forward, grads: nnx.State
 ) -> Metrics:
-    grad_norms = {name: jnp.sqrt(jnp.sum(jnp.square(grads[name][...]))) for name in grads}
+    grad_norms = {
+        str(path[0]): jnp.sqrt(jnp.sum(jnp.square(grad[...]))) for path, grad in nnx.to_flat_state(grads)
+    }
     dead_after = config.aux_k.dead_after_tokens if config.aux_k else 10_000_000
     return {
         "loss": loss,
@@ -143,6 +146,7 @@ class EvalBatch(NamedTuple):
 
     inference: ReconstructionSums
     training: ReconstructionSums
+    """Zero for a batch that is filled up: BatchTopK would share out k of the padding too."""
     active_inference: Scalar
     """Active (token, latent) pairs at the inference rule."""
     active_training: Scalar
@@ -166,14 +170,15 @@ def eval_step(crosscoder: Crosscoder, acts: Acts, is_valid: Bool[Array, "batch"]
     weights = crosscoder.score_weights()
     inference = apply_threshold(pre_acts, weights, crosscoder.threshold[...])
     training = crosscoder.config.sparsity(pre_acts, weights).code
+    in_full_batch = is_valid & jnp.all(is_valid)
 
-    def sums(code: Array) -> ReconstructionSums:
-        return reconstruction_sums(normalized, crosscoder.decode_normalized(code), sources, is_valid)
+    def sums(code: Array, rows: Array) -> ReconstructionSums:
+        return reconstruction_sums(normalized, crosscoder.decode_normalized(code), sources, rows)
 
     return EvalBatch(
-        inference=sums(inference),
-        training=sums(training),
+        inference=sums(inference, is_valid),
+        training=sums(training, in_full_batch),
         active_inference=jnp.sum(fired_counts(inference, is_valid)).astype(jnp.float32),
-        active_training=jnp.sum(fired_counts(training, is_valid)).astype(jnp.float32),
+        active_training=jnp.sum(fired_counts(training, in_full_batch)).astype(jnp.float32),
         fired=fired_counts(inference, is_valid),
     )

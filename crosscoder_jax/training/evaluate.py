@@ -1,0 +1,143 @@
+"""Measure a crosscoder on held-out tokens, and calibrate its inference threshold on them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from crosscoder_jax.activations.batches import StoredBatch, sequential_batches
+from crosscoder_jax.activations.view import TokenView
+from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.metrics import explained_variance, frequency_metrics
+from crosscoder_jax.sources import Sources
+from crosscoder_jax.sparsity import BatchTopK
+from crosscoder_jax.training.step import EvalBatch, eval_step
+from crosscoder_jax.typing import Acts, Latents, Progress
+
+_NUM_CUTS = 64
+_MAX_PASSES = 6
+_L0_TOLERANCE = 1e-3
+
+
+def evaluate(
+    crosscoder: Crosscoder, view: TokenView, *, batch_size: int = 1024, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Measure variance explained, L0 and latent frequencies over all tokens of a view.
+
+    Sums over the corpus are in float64. Only the metrics of the training rule depend on the batch
+    size, and only as BatchTopK itself does.
+
+    Args:
+        crosscoder: with its inference threshold.
+        view: held-out tokens.
+        batch_size: tokens per step.
+        progress: told the tokens done.
+
+    Returns:
+        ``fve`` and ``fve/<source>`` at the inference rule, ``fve_training_rule``, both L0s, the
+        ``dead`` and ``dense`` fractions of latents, ``threshold`` and ``num_tokens``.
+    """
+    totals: EvalBatch | None = None
+    done = 0
+    for batch in sequential_batches(view, min(batch_size, view.num_tokens)):
+        acts = derived_acts(batch, crosscoder.config.sources, view.store.sources)
+        measured = eval_step(crosscoder, acts, jnp.asarray(batch.is_valid))
+        host = jax.tree.map(lambda value: np.asarray(value, np.float64), measured)
+        totals = host if totals is None else jax.tree.map(np.add, totals, host)
+        done += int(batch.is_valid.sum())
+        if progress is not None:
+            progress(done, view.num_tokens, "tokens")
+    if totals is None:
+        raise ValueError("the view holds no token to measure")
+    sources = crosscoder.config.sources
+    inference = explained_variance(totals.inference, sources)
+    return {
+        "num_tokens": done,
+        **{name: float(value) for name, value in inference.items()},
+        "fve_training_rule": float(explained_variance(totals.training, sources)["fve"]),
+        "l0_inference_rule": float(totals.active_inference) / done,
+        "l0_training_rule": float(totals.active_training / totals.training.tokens),
+        "threshold": float(crosscoder.threshold[...]),
+        **frequency_metrics(np.asarray(totals.fired), done),
+    }
+
+
+def calibrate(
+    crosscoder: Crosscoder, view: TokenView, *, batch_size: int = 1024, progress: Progress | None = None
+) -> Crosscoder:
+    """Return the crosscoder with the threshold at which the mean L0 over a view is its k.
+
+    Scores at or above each of 64 cuts are counted in one pass over the view; the bracket around
+    ``k * tokens`` is refined until the L0 is within 0.1 % of k or the cuts cannot be told apart.
+
+    Args:
+        crosscoder: trained with BatchTopK; not changed.
+        view: held-out tokens.
+        batch_size: tokens per step; does not change the result.
+        progress: told the tokens done, over all passes.
+
+    Raises:
+        ValueError: if the crosscoder has no k, or too few of its scores are positive to reach it.
+    """
+    sparsity = crosscoder.config.sparsity
+    if not isinstance(sparsity, BatchTopK):
+        raise ValueError(
+            f"sparsity={sparsity} has no k to calibrate for: a ReLU code needs no threshold, its is 0"
+        )
+    wanted = sparsity.k * view.num_tokens
+    low, high = np.float32(1e-6), np.float32(1e6)
+    for done_passes in range(_MAX_PASSES):
+        cuts = np.geomspace(low, high, _NUM_CUTS, dtype=np.float32)
+        counts = _count_above(crosscoder, view, cuts, batch_size, progress, done_passes)
+        if counts[0] < wanted * (1 - _L0_TOLERANCE):
+            raise ValueError(
+                f"k={sparsity.k} cannot be reached: only {counts[0] / view.num_tokens:.2f} latents per token "
+                "have a positive score: calibrate on text like that of the training, or lower k"
+            )
+        best = int(np.argmin(np.abs(counts - wanted)))
+        above = int(np.flatnonzero(counts >= wanted * (1 - _L0_TOLERANCE))[-1])
+        low, high = cuts[above], cuts[min(above + 1, _NUM_CUTS - 1)]
+        if abs(counts[best] / wanted - 1) <= _L0_TOLERANCE or high <= np.nextafter(low, high):
+            break
+    calibrated = nnx.clone(crosscoder)
+    calibrated.threshold[...] = jnp.float32(cuts[best])
+    return calibrated
+
+
+def derived_acts(batch: StoredBatch, sources: Sources, stored: Sources) -> Acts:
+    """Return a stored batch's activations as the crosscoder's sources, raw units, float32."""
+    return sources.derive(jnp.asarray(batch.acts, jnp.float32), stored)
+
+
+def _count_above(
+    crosscoder: Crosscoder,
+    view: TokenView,
+    cuts: Float[np.ndarray, "cuts"],
+    batch_size: int,
+    progress: Progress | None,
+    done_passes: int,
+) -> np.ndarray:
+    """Count over a view how many scores are above each cut, as the inference rule compares them."""
+    counts, done = np.zeros(len(cuts), np.int64), 0
+    for batch in sequential_batches(view, batch_size):
+        acts = derived_acts(batch, crosscoder.config.sources, view.store.sources)
+        scores = _scores(crosscoder, acts, jnp.asarray(batch.is_valid))
+        counts += np.asarray(_counts_above(scores, jnp.asarray(cuts)), np.int64)
+        done += int(batch.is_valid.sum())
+        if progress is not None:
+            progress(done_passes * view.num_tokens + done, _MAX_PASSES * view.num_tokens, "tokens")
+    return counts
+
+
+@jax.jit
+def _scores(crosscoder: Crosscoder, acts: Acts, is_valid: Bool[Array, "batch"]) -> Latents:
+    pre_acts = crosscoder.pre_acts(crosscoder.normalize(acts))
+    return jnp.where(is_valid[:, None], jax.nn.relu(pre_acts) * crosscoder.score_weights(), 0.0)
+
+
+@jax.jit
+def _counts_above(scores: Latents, cuts: Float[Array, "cuts"]) -> Array:
+    return jax.lax.map(lambda cut: jnp.sum(scores > cut, dtype=jnp.int32), cuts)

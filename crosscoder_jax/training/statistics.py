@@ -1,0 +1,77 @@
+"""What a run needs to know of its data before the first step."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from crosscoder_jax.sources import Sources
+from crosscoder_jax.training.config import TrainConfig
+
+SAMPLE_TOKENS = 65_536
+"""Tokens the normaliser is estimated from: the scale's standard error is far below one percent."""
+
+_MEDIAN_TOKENS = 8_192
+_MEDIAN_ITERATIONS = 100
+_MEDIAN_TOLERANCE = 1e-5
+
+
+class DataStatistics(NamedTuple):
+    """Normaliser and initial decoder bias, float32."""
+
+    mean: Float[np.ndarray, "width"]
+    """Raw activation units; zero if the recipe does not centre."""
+    scale: Float[np.ndarray, "source"]
+    """One if the recipe does not scale."""
+    b_dec: Float[np.ndarray, "width"]
+    """Geometric median of each source, normalised units."""
+
+
+def data_statistics(sample: Float[np.ndarray, "token width"], config: TrainConfig) -> DataStatistics:
+    """Estimate the normaliser and the decoder bias from a sample spread over the data.
+
+    Each source is scaled to ``E||x - mean|| = sqrt(width)``. Sums are in float64.
+
+    Args:
+        sample: raw activations of the crosscoder's sources.
+        config: says whether to centre and to scale.
+
+    Raises:
+        ValueError: if a source does not vary, so that it cannot be scaled.
+    """
+    sources = config.crosscoder.sources
+    rows = np.asarray(sample, np.float64)
+    mean = rows.mean(axis=0) if config.is_centred else np.zeros(sources.width)
+    centred = rows - mean
+    scale = np.array([_scale(centred[:, part], name) for part, name in _parts(sources)])
+    if not config.is_scaled:
+        scale = np.ones_like(scale)
+    normalized = centred * np.repeat(scale, sources.widths)
+    spread = normalized[:: max(len(normalized) // _MEDIAN_TOKENS, 1)]
+    b_dec = np.concatenate([geometric_median(spread[:, part]) for part, _ in _parts(sources)])
+    return DataStatistics(mean.astype(np.float32), scale.astype(np.float32), b_dec.astype(np.float32))
+
+
+def geometric_median(points: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "width"]:
+    """Return the point with the smallest mean distance to all points (Weiszfeld's iteration)."""
+    guess = points.mean(axis=0)
+    for _ in range(_MEDIAN_ITERATIONS):
+        weights = 1 / np.maximum(np.linalg.norm(points - guess, axis=1), 1e-12)
+        previous, guess = guess, weights @ points / weights.sum()
+        if np.linalg.norm(guess - previous) < _MEDIAN_TOLERANCE:
+            break
+    return guess
+
+
+def _parts(sources: Sources) -> list[tuple[slice, str]]:
+    return list(zip(sources.slices(), sources.names, strict=True))
+
+
+def _scale(centred: np.ndarray, name: str) -> float:
+    mean_norm = float(np.linalg.norm(centred, axis=1).mean())
+    if not mean_norm > 0:
+        raise ValueError(
+            f"source {name!r} is the same for every token (mean norm {mean_norm}): it holds nothing to "
+            "learn; for a difference, compare two models that differ"
+        )
+    return float(np.sqrt(centred.shape[1])) / mean_norm
