@@ -1,0 +1,204 @@
+"""What was compared with what: models, texts and training recipes as rows of plain text."""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crosscoder_jax.report.content import Method
+from crosscoder_jax.report.files import find
+from crosscoder_jax.report.numbers import Figure, count, missing, share
+
+NOT_RECORDED = "not recorded in the run"
+
+RECIPE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Latents", ("num_latents",)),
+    ("Sparsity", ("sparsity",)),
+    ("Batch, tokens", ("batch_size",)),
+    ("Steps", ("num_steps", "steps")),
+    ("Learning rate", ("learning_rate", "lr")),
+    ("Warm-up steps", ("warmup_steps", "num_warmup_steps", "warmup")),
+    ("AuxK weight", ("aux_weight", "auxk_weight", "aux_k_weight", "auxk_alpha")),
+    ("Compute dtype", ("dtype", "compute_dtype")),
+    ("Seed", ("seed",)),
+)
+"""Rows of the recipe table and the keys of a run's config under which their values may stand."""
+
+
+@dataclass(frozen=True)
+class ComparedSource:
+    """One stored source: a model at a layer."""
+
+    name: str
+    model: str
+    revision: str
+    hook_point: str
+    width: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a heading and one value a column."""
+
+    heading: str
+    values: tuple[Figure, ...]
+
+
+@dataclass(frozen=True)
+class TextShare:
+    """How many of the stored or analysed tokens came from one text."""
+
+    label: str
+    tokens: Figure
+    fraction: float | None
+
+
+def compared_sources(method: Method) -> tuple[ComparedSource, ...]:
+    """Give the models behind a run from the store's manifest, the run's config or the summary of its diff."""
+    for content in (
+        method.files.manifest,
+        find(method.files.config, "identity", "store_identity", "manifest"),
+    ):
+        entries = _stored_sources(content) if isinstance(content, Mapping) else []
+        if entries and all(_names_model(entry) for entry in entries):
+            return tuple(_source(entry.get("name", ""), entry) for entry in entries)
+    models = method.files.summary.get("models")
+    if isinstance(models, Mapping):
+        return tuple(
+            _source(name, entry if isinstance(entry, Mapping) else {"model": entry})
+            for name, entry in models.items()
+        )
+    return ()
+
+
+def text_labels(methods: Sequence[Method]) -> tuple[str, ...]:
+    """Give the labels of the texts, in the order of the tables' columns."""
+    return tuple(dict.fromkeys(label for method in methods for label in method.latents.suffixes("share_")))
+
+
+def text_shares(method: Method) -> tuple[TextShare, ...]:
+    """Give the tokens of each text, where the summary of the diff or the store's manifest counts them."""
+    counted = find(method.files.summary, "tokens_by_label", "label_tokens", "tokens_per_label")
+    counted = counted or find(
+        method.files.manifest or {}, "tokens_by_label", "label_tokens", "tokens_per_label"
+    )
+    numbers: Mapping[str, Any] = counted if isinstance(counted, Mapping) else {}
+    total = sum(numbers.values())
+    return tuple(
+        TextShare(
+            label,
+            count(numbers.get(label), NOT_RECORDED),
+            numbers[label] / total if label in numbers and total else None,
+        )
+        for label in text_labels([method])
+    )
+
+
+def token_rows(methods: Sequence[Method]) -> tuple[Row, ...]:
+    """Give the rows on how many tokens each method saw."""
+    stored = [find(method.files.manifest or {}, "num_tokens") or _stored_tokens(method) for method in methods]
+    rows = [
+        Row("Tokens in the store", tuple(count(value, NOT_RECORDED) for value in stored)),
+        Row(
+            "Held-out tokens analysed",
+            tuple(count(m.files.summary.get("num_tokens"), "the diff does not state it") for m in methods),
+        ),
+        Row(
+            "Held-out share of documents", tuple(share(_held_out(method), NOT_RECORDED) for method in methods)
+        ),
+    ]
+    return tuple(row for row in rows if _is_known(row))
+
+
+def recipe_rows(methods: Sequence[Method]) -> tuple[Row, ...]:
+    """Give the rows of the recipe table; rows that no run records are left out."""
+    rows = [
+        Row(heading, tuple(_recipe_value(heading, find(method.files.config, *keys)) for method in methods))
+        for heading, keys in RECIPE
+    ]
+    return tuple(row for row in rows if _is_known(row))
+
+
+def versions(methods: Sequence[Method]) -> tuple[tuple[str, str], ...]:
+    """Give the versions that the runs recorded and that of the package writing the page."""
+    recorded: dict[str, str] = {}
+    for method in methods:
+        content = find(method.files.config, "versions") or find(method.files.manifest or {}, "versions")
+        recorded.update({k: str(v) for k, v in content.items()} if isinstance(content, Mapping) else {})
+    try:
+        recorded.setdefault("crosscoder-jax", importlib.metadata.version("crosscoder-jax"))
+    except importlib.metadata.PackageNotFoundError:
+        recorded.setdefault("crosscoder-jax", "from a checkout")
+    return tuple(recorded.items())
+
+
+def config_json(method: Method) -> str:
+    """Give the config of a run as indented JSON."""
+    return json.dumps(method.files.config, indent=2, ensure_ascii=False, sort_keys=True)
+
+
+def describe(value: Any) -> str:
+    """Write a config value in words: an object as its kind and its settings."""
+    if isinstance(value, Mapping):
+        kind_key = next((key for key in ("kind", "type", "name", "_type", "class") if key in value), None)
+        kind = [str(value[kind_key])] if kind_key else []
+        nested = len(value) == 1 and isinstance(next(iter(value.values())), Mapping)
+        if nested and not kind:
+            name, settings = next(iter(value.items()))
+            return describe({"kind": name, **settings})
+        settings = [f"{k} {describe(v)}" for k, v in value.items() if k != kind_key and v is not None]
+        return ", ".join(kind + settings)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and abs(value) >= 1_000:
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _recipe_value(heading: str, value: Any) -> Figure:
+    if value is None:
+        return missing(NOT_RECORDED)
+    return Figure(str(value) if heading == "Seed" else describe(value))
+
+
+def _is_known(row: Row) -> bool:
+    return any(value.text != "n/a" for value in row.values)
+
+
+def _stored_sources(content: Mapping[str, Any]) -> list[Any]:
+    """Give the sources of a manifest, or those of a store's identity, which keeps them by name."""
+    sources = content.get("sources", content)
+    if isinstance(sources, Mapping):
+        return [{"name": name, **entry} for name, entry in sources.items() if isinstance(entry, Mapping)]
+    return sources if isinstance(sources, list) else []
+
+
+def _names_model(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "model" in entry
+
+
+def _source(name: str, entry: Mapping[str, Any]) -> ComparedSource:
+    known = {
+        key: str(entry[key])
+        for key in ("model", "revision", "hook_point", "width")
+        if entry.get(key) is not None
+    }
+    return ComparedSource(
+        name=name,
+        model=known.get("model", "not recorded"),
+        revision=known.get("revision", "not recorded"),
+        hook_point=known.get("hook_point", "not recorded"),
+        width=known.get("width", "not recorded"),
+    )
+
+
+def _stored_tokens(method: Method) -> Any:
+    identity = find(method.files.config, "identity", "store_identity", "manifest")
+    return identity.get("num_tokens") if isinstance(identity, Mapping) else None
+
+
+def _held_out(method: Method) -> float | None:
+    split = find(method.files.config, "split")
+    value = find(split, "fraction", "held_out_fraction", "held_out") if isinstance(split, Mapping) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,199 @@
+"""What a report says, computed from the tables of its runs without a word of HTML.
+
+A `Method` is one run seen as a way of finding differences; everything the page shows about it is a field or
+a pure function of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from crosscoder_jax.report.files import LatentTable, RunFiles, find
+
+CLASSES = ("base-only", "shared", "chat-only", "other", "dead")
+EXCLUSIVE_CLASSES = ("chat-only", "base-only")
+VERDICTS = (
+    "confirmed",
+    "complete shrinkage",
+    "latent decoupling",
+    "shrinkage and decoupling",
+    "undetermined",
+    "not tested",
+)
+CONCENTRATED_SHARE = 0.8
+"""A latent is about one text when this share of its summed activation lies there."""
+
+
+@dataclass(frozen=True)
+class Cutoffs:
+    """Where classes begin and end and what Latent Scaling asks for (arXiv 2504.02922)."""
+
+    base_only_max: float = 0.1
+    shared_min: float = 0.4
+    shared_max: float = 0.6
+    chat_only_min: float = 0.9
+    max_nu_error: float = 0.2
+    max_nu_recon: float = 0.5
+
+
+@dataclass(frozen=True)
+class Method:
+    """One run as a way of finding what changed."""
+
+    name: str
+    slot: int
+    """Position among the runs of the report; decides its colour."""
+    is_difference: bool
+    """Whether it reads one source only, so that decoder norms cannot be compared."""
+    files: RunFiles
+    cutoffs: Cutoffs
+    class_counts: Mapping[str, int]
+    verdict_counts: Mapping[str, Mapping[str, int]]
+    """Class of exclusive latents -> verdict -> number; empty for a difference SAE."""
+    concentrated: Mapping[str, int]
+    """Text label -> number of live latents with over 80 % of their activation on it."""
+
+    @property
+    def latents(self) -> LatentTable:
+        """The table of latents."""
+        return self.files.latents
+
+    @property
+    def num_latents(self) -> int:
+        """Size of the dictionary."""
+        return len(self.files.latents)
+
+    def claimed(self, latent_class: str | None = None) -> int:
+        """Count the exclusive latents that decoder norms alone claim, of one class or of both."""
+        classes = EXCLUSIVE_CLASSES if latent_class is None else (latent_class,)
+        return sum(self.class_counts.get(name, 0) for name in classes)
+
+    def verdicts(self, verdict: str, latent_class: str | None = None) -> int:
+        """Count the claimed latents with a verdict, of one class or of both."""
+        classes = EXCLUSIVE_CLASSES if latent_class is None else (latent_class,)
+        return sum(self.verdict_counts.get(name, {}).get(verdict, 0) for name in classes)
+
+    def fraction_explained(self, source: str | None = None) -> float | None:
+        """Give the held-out fraction of variance explained, pooled or of one source."""
+        return self._evaluated("fve" if source is None else f"fve/{source}")
+
+    def mean_active(self) -> float | None:
+        """Give the held-out mean number of active latents a token under the inference rule."""
+        return self._evaluated("l0_inference_rule")
+
+    def dead_fraction(self) -> float | None:
+        """Give the held-out fraction of dead latents; counted in the table where evaluation is missing."""
+        value = self._evaluated("dead")
+        if value is None and "dead" in self.class_counts and self.num_latents:
+            return self.class_counts["dead"] / self.num_latents
+        return value
+
+    def _evaluated(self, key: str) -> float | None:
+        value = (self.files.evaluation or {}).get(key)
+        return float(value) if isinstance(value, int | float) else None
+
+
+def build_method(files: RunFiles, slot: int, name: str = "") -> Method:
+    """Compute a method from the files of its run; an empty name is replaced by one that says what it is."""
+    is_difference = not files.latents.has("latent_class")
+    return Method(
+        name=name or method_name(files.config, is_difference=is_difference),
+        slot=slot,
+        is_difference=is_difference,
+        files=files,
+        cutoffs=read_cutoffs(files.summary),
+        class_counts={} if is_difference else count_classes(files.latents),
+        verdict_counts={} if is_difference else count_verdicts(files.latents),
+        concentrated=count_concentrated(files.latents),
+    )
+
+
+def build_methods(runs: Sequence[RunFiles], names: Sequence[str] = ()) -> tuple[Method, ...]:
+    """Compute the methods of a report; equal names are told apart by the names of their folders."""
+    methods = [build_method(files, slot, names[slot] if names else "") for slot, files in enumerate(runs)]
+    all_names = [method.name for method in methods]
+    if len(set(all_names)) == len(all_names):
+        return tuple(methods)
+    return tuple(
+        build_method(files, slot, f"{name} ({files.folder.name})" if all_names.count(name) > 1 else name)
+        for slot, (files, name) in enumerate(zip(runs, all_names, strict=True))
+    )
+
+
+def method_name(config: Mapping[str, Any], *, is_difference: bool) -> str:
+    """Name a method after its sources and its sparsity."""
+    if is_difference:
+        return "Difference SAE"
+    words = str(find(config, "sparsity")).lower().replace("_", "")
+    if "batchtopk" in words or "'k'" in words:
+        return "BatchTopK crosscoder"
+    return "L1 crosscoder" if "relu" in words or "l1" in words else "Crosscoder"
+
+
+def read_cutoffs(summary: Mapping[str, Any]) -> Cutoffs:
+    """Read the cut-offs that diffing used; those it does not state are the paper's."""
+    stated = summary.get("cutoffs")
+    flat = _flatten(stated) if isinstance(stated, Mapping) else {}
+    names = {name: name for name in Cutoffs.__dataclass_fields__} | {
+        "nu_error": "max_nu_error",
+        "nu_recon": "max_nu_recon",
+    }
+    return Cutoffs(**{names[key]: float(value) for key, value in flat.items() if key in names})
+
+
+def count_classes(latents: LatentTable) -> dict[str, int]:
+    """Count the latents of each class, in the order in which the page shows them."""
+    words = latents.words("latent_class")
+    return {name: int(np.sum(words == name)) for name in CLASSES}
+
+
+def count_verdicts(latents: LatentTable) -> dict[str, dict[str, int]]:
+    """Count the verdicts of Latent Scaling on the latents that decoder norms claim.
+
+    A claimed latent with an empty verdict counts as not tested, so the verdicts of a class add up to it.
+    """
+    classes, verdicts = latents.words("latent_class"), latents.words("verdict")
+    named = np.where(np.isin(verdicts.astype(str), VERDICTS), verdicts, "not tested")
+    return {
+        latent_class: {v: int(np.sum((classes == latent_class) & (named == v))) for v in VERDICTS}
+        for latent_class in EXCLUSIVE_CLASSES
+    }
+
+
+def count_concentrated(latents: LatentTable) -> dict[str, int]:
+    """Count, for each text label, the live latents with over 80 % of their summed activation on it."""
+    labels = latents.suffixes("share_")
+    if len(labels) < 2:
+        return {}
+    is_seen = ~(latents.numbers("active_tokens") < 20)
+    return {
+        label: int(np.sum(is_seen & (latents.numbers(f"share_{label}") > CONCENTRATED_SHARE)))
+        for label in labels
+    }
+
+
+def has_latent_scaling(method: Method) -> bool:
+    """Tell whether any claimed latent of a method was tested."""
+    return method.claimed() > method.verdicts("not tested")
+
+
+def most_leaning(method: Method) -> tuple[float, float] | None:
+    """Give the smallest and largest delta_norm among live latents; `None` if none is alive."""
+    values = live_delta_norms(method)
+    return None if not len(values) else (float(values.min()), float(values.max()))
+
+
+def live_delta_norms(method: Method) -> np.ndarray:
+    """Give the finite decoder norm differences of the latents that are not dead."""
+    values = method.latents.numbers("delta_norm")
+    is_live = (method.latents.words("latent_class") != "dead") & np.isfinite(values)
+    return values[is_live]
+
+
+def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update(_flatten(value) if isinstance(value, Mapping) else {key: value})
+    return flat

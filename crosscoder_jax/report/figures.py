@@ -1,0 +1,346 @@
+"""Figures as pure functions from numbers to plotly figures.
+
+Text that comes from data must be escaped by the caller with `text.hover_safe`: plotly reads a small dialect
+of HTML in labels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from crosscoder_jax.report.content import Cutoffs
+from crosscoder_jax.report.numbers import CONFIDENCE_95
+from crosscoder_jax.report.palette import (
+    CLASS_COLOURS,
+    CLASS_TEXT,
+    INK,
+    MUTED,
+    PAPER,
+    RULE,
+    VERDICT_COLOURS,
+    VERDICT_SYMBOLS,
+    translucent,
+)
+
+NU = "\N{GREEK SMALL LETTER NU}"
+FRAME = (-0.16, 1.32)
+"""Both axes of the scatter: nu runs from 0 (absent from base) to 1 (as strong there as in chat)."""
+
+
+@dataclass(frozen=True)
+class ScatterPoints:
+    """Latents of one kind in the plane of the two ratios."""
+
+    nu_error: np.ndarray
+    nu_recon: np.ndarray
+    se_nu_error: np.ndarray
+    se_nu_recon: np.ndarray
+    hover: tuple[str, ...]
+    """Escaped hover text a latent."""
+
+    def __len__(self) -> int:
+        return len(self.nu_error)
+
+    def is_inside(self) -> np.ndarray:
+        """Tell which points lie within the frame of the figure; NaN does not."""
+        low, high = FRAME
+        return (
+            (self.nu_error >= low)
+            & (self.nu_error <= high)
+            & (self.nu_recon >= low)
+            & (self.nu_recon <= high)
+        )
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a training panel."""
+
+    name: str
+    colour: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small multiple of the training curves."""
+
+    title: str
+    unit: str
+    """How its values are written: `number`, `share` or `log`."""
+    curves: tuple[Curve, ...]
+
+
+def histogram(
+    delta_norms: np.ndarray, cutoffs: Cutoffs, class_counts: Mapping[str, int], *, num_bins: int = 50
+) -> go.Figure:
+    """Draw how many live latents have each decoder norm difference, with the classes shaded and named."""
+    counts, edges = np.histogram(delta_norms, bins=num_bins, range=(0.0, 1.0))
+    centres = (edges[:-1] + edges[1:]) / 2
+    figure = go.Figure(
+        go.Bar(
+            x=centres,
+            y=counts,
+            width=1 / num_bins,
+            marker={
+                "color": [CLASS_COLOURS[class_of(x, cutoffs)] for x in centres],
+                "line": {"width": 0.6, "color": PAPER},
+            },
+            customdata=np.stack([edges[:-1], edges[1:]], axis=1),
+            hovertemplate="%{y:,} latents<br>delta_norm %{customdata[0]:.2f}"
+            " to %{customdata[1]:.2f}<extra></extra>",
+        )
+    )
+    _shade_classes(figure, cutoffs, class_counts)
+    figure.update_layout(**_layout(height=330, top=64), bargap=0)
+    ticks = [0, 0.1, 0.4, 0.5, 0.6, 0.9, 1]
+    figure.update_xaxes(**_axis("decoder norm difference, delta_norm"), range=[-0.005, 1.005], tickvals=ticks)
+    highest = max(1, int(counts.max(initial=0)))
+    figure.update_yaxes(**_axis("latents, log scale"), **log_count_axis(highest))
+    # The page's switch between the two scales reads them from here.
+    figure.update_layout(
+        meta={"axes": {"log": log_count_axis(highest), "linear": linear_count_axis(highest)}}
+    )
+    return figure
+
+
+def log_count_axis(highest: int) -> dict[str, Any]:
+    """Give a log axis for counts that shows a single latent as a bar of some height."""
+    top = np.log10(highest * 1.6)
+    return {
+        "type": "log",
+        "range": [-0.35, max(1.0, float(top))],
+        "tickvals": [10**k for k in range(7)],
+        "ticktext": _POWERS,
+    }
+
+
+def linear_count_axis(highest: int) -> dict[str, Any]:
+    """Give the same axis with linear counts."""
+    return {"type": "linear", "range": [0, max(4.0, highest * 1.06)], "tickvals": None, "ticktext": None}
+
+
+def class_of(delta_norm: float, cutoffs: Cutoffs) -> str:
+    """Name the class of a decoder norm difference."""
+    if delta_norm <= cutoffs.base_only_max:
+        return "base-only"
+    if delta_norm >= cutoffs.chat_only_min:
+        return "chat-only"
+    return "shared" if cutoffs.shared_min <= delta_norm <= cutoffs.shared_max else "other"
+
+
+def scatter(
+    points: Mapping[str, ScatterPoints],
+    shared: ScatterPoints,
+    leaning: ScatterPoints,
+    cutoffs: Cutoffs,
+    latent_class: str = "chat-only",
+) -> go.Figure:
+    """Draw nu_error against nu_recon for the candidates of a class by verdict, before other latents."""
+    figure = go.Figure()
+    low = FRAME[0]
+    figure.add_shape(
+        type="rect",
+        x0=low,
+        x1=cutoffs.max_nu_recon,
+        y0=low,
+        y1=cutoffs.max_nu_error,
+        layer="below",
+        line={"width": 0},
+        fillcolor=translucent(VERDICT_COLOURS["confirmed"], 0.10),
+    )
+    for at, is_vertical in ((cutoffs.max_nu_recon, True), (cutoffs.max_nu_error, False)):
+        add = figure.add_vline if is_vertical else figure.add_hline
+        add(at, line={"color": MUTED, "width": 1, "dash": "dash"}, layer="below")
+    figure.add_trace(_ground(shared, "shared", CLASS_COLOURS["shared"], 4, 0.30))
+    figure.add_trace(_ground(leaning, "leaning to chat", CLASS_COLOURS["chat-only"], 6, 0.55))
+    for verdict, group in points.items():
+        figure.add_trace(_candidates(group, verdict))
+    _name_regions(figure, latent_class)
+    figure.update_layout(**_layout(height=520, top=16), hovermode="closest")
+    other = "base" if latent_class == "chat-only" else "chat"
+    ticks = sorted({0.0, 0.2, 0.5, 0.75, 1.0, 1.25, cutoffs.max_nu_error, cutoffs.max_nu_recon})
+    for update, name, meaning in (
+        (figure.update_xaxes, "recon", "shared through other latents"),
+        (figure.update_yaxes, "error", f"hidden in the {other} error"),
+    ):
+        update(
+            **_axis(f"{NU}<sub>{name}</sub> : {meaning} \N{RIGHTWARDS ARROW}"),
+            range=list(FRAME),
+            tickvals=ticks,
+        )
+    return figure
+
+
+def training_panel(panel: Panel) -> go.Figure:
+    """Draw one small multiple of the training curves."""
+    figure = go.Figure()
+    for curve in panel.curves:
+        figure.add_trace(
+            go.Scatter(
+                x=curve.steps,
+                y=curve.values,
+                mode="lines",
+                name=curve.name,
+                line={"color": curve.colour, "width": 2},
+                hovertemplate=f"{curve.name}<br>step %{{x:,}}: %{{y:{_HOVER[panel.unit]}}}<extra></extra>",
+            )
+        )
+    layout = _layout(height=210, top=34)
+    layout["margin"]["l"] = 52
+    figure.update_layout(
+        **layout,
+        title={
+            "text": panel.title,
+            "font": {"size": 13.5},
+            "x": 0,
+            "xref": "container",
+            "y": 0.97,
+            "yanchor": "top",
+        },
+    )
+    figure.update_xaxes(**_axis("step"), tickformat="~s", nticks=5)
+    figure.update_yaxes(**_axis(""), **_panel_axis(panel))
+    return figure
+
+
+def _panel_axis(panel: Panel) -> dict[str, Any]:
+    values = [v for curve in panel.curves for v in curve.values if np.isfinite(v)]
+    if panel.unit == "log":
+        return {"type": "log", "dtick": "D1", "tickformat": "~g", "exponentformat": "power"}
+    if panel.unit == "share":
+        is_small = panel.title.startswith("Dead")
+        top = max(0.01, 1.15 * max(values, default=0)) if is_small else 1.0
+        return {"range": [0, top], "tickformat": ".0%" if top > 0.04 else ".1%", "nticks": 5}
+    return {"range": [0, 1.12 * max(values, default=1.0)], "nticks": 5}
+
+
+def _shade_classes(figure: go.Figure, cutoffs: Cutoffs, class_counts: Mapping[str, int]) -> None:
+    regions = {
+        "base-only": (0.0, cutoffs.base_only_max, "left"),
+        "shared": (cutoffs.shared_min, cutoffs.shared_max, "center"),
+        "chat-only": (cutoffs.chat_only_min, 1.0, "right"),
+    }
+    for name, (low, high, anchor) in regions.items():
+        figure.add_vrect(
+            low, high, fillcolor=translucent(CLASS_COLOURS[name], 0.11), line={"width": 0}, layer="below"
+        )
+        figure.add_annotation(
+            x={"left": low, "center": (low + high) / 2, "right": high}[anchor],
+            y=1.01,
+            yref="paper",
+            yanchor="bottom",
+            xanchor=anchor,
+            align=anchor,
+            showarrow=False,
+            font={"color": CLASS_TEXT[name], "size": 13},
+            text=f"<b>{name}</b><br>{class_counts.get(name, 0):,}",
+        )
+
+
+def _ground(points: ScatterPoints, name: str, colour: str, size: int, opacity: float) -> go.Scatter:
+    return go.Scatter(
+        x=points.nu_recon,
+        y=points.nu_error,
+        mode="markers",
+        name=name,
+        text=points.hover,
+        hovertemplate="%{text}<extra></extra>",
+        marker={"color": colour, "size": size, "opacity": opacity, "line": {"width": 0}},
+    )
+
+
+def _candidates(points: ScatterPoints, verdict: str) -> go.Scatter:
+    colour = VERDICT_COLOURS[verdict]
+    bars = {"type": "data", "visible": True, "thickness": 1.1, "width": 0, "color": translucent(colour, 0.6)}
+    return go.Scatter(
+        x=points.nu_recon,
+        y=points.nu_error,
+        mode="markers",
+        name=verdict,
+        text=points.hover,
+        hovertemplate="%{text}<extra></extra>",
+        error_x={**bars, "array": CONFIDENCE_95 * points.se_nu_recon},
+        error_y={**bars, "array": CONFIDENCE_95 * points.se_nu_error},
+        marker={
+            "color": colour,
+            "size": 10,
+            "symbol": VERDICT_SYMBOLS[verdict],
+            "line": {"width": 1.2, "color": PAPER if verdict in _FILLED else colour},
+        },
+    )
+
+
+def _name_regions(figure: go.Figure, latent_class: str) -> None:
+    low, high = FRAME
+    regions = (
+        (
+            f"confirmed {latent_class}",
+            low + 0.015,
+            low + 0.012,
+            "left",
+            "bottom",
+            VERDICT_COLOURS["confirmed"],
+        ),
+        ("complete shrinkage", low + 0.015, high - 0.012, "left", "top", "#8a5f00"),
+        ("latent decoupling", high - 0.015, low + 0.012, "right", "bottom", "#8c3d79"),
+        ("both", high - 0.015, high - 0.012, "right", "top", VERDICT_COLOURS["shrinkage and decoupling"]),
+    )
+    for text, x, y, xanchor, yanchor, colour in regions:
+        figure.add_annotation(
+            x=x,
+            y=y,
+            xanchor=xanchor,
+            yanchor=yanchor,
+            text=f"<b>{text}</b>",
+            showarrow=False,
+            font={"color": colour, "size": 13},
+        )
+
+
+def _layout(*, height: int, top: int) -> dict[str, Any]:
+    return {
+        "height": height,
+        "autosize": True,
+        "margin": {"l": 62, "r": 14, "t": top, "b": 50},
+        "paper_bgcolor": PAPER,
+        "plot_bgcolor": PAPER,
+        "font": {
+            "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif",
+            "size": 13,
+            "color": INK,
+        },
+        "showlegend": False,
+        "hoverlabel": {
+            "bgcolor": PAPER,
+            "bordercolor": RULE,
+            "font": {"color": INK, "size": 13},
+            "align": "left",
+        },
+        "dragmode": False,
+        "template": "none",
+    }
+
+
+def _axis(title: str) -> dict[str, Any]:
+    return {
+        "title": {"text": title, "font": {"size": 13, "color": MUTED}, "standoff": 8},
+        "gridcolor": "#eceff2",
+        "zeroline": False,
+        "linecolor": RULE,
+        "showline": True,
+        "ticks": "outside",
+        "ticklen": 4,
+        "tickcolor": RULE,
+        "tickfont": {"size": 12, "color": MUTED},
+        "fixedrange": True,
+    }
+
+
+_FILLED: Sequence[str] = ("confirmed", "complete shrinkage", "latent decoupling", "shrinkage and decoupling")
+_POWERS = ["1", "10", "100", "1,000", "10k", "100k", "1M"]
+_HOVER = {"share": ".1%", "log": ".3g", "number": ".3g"}

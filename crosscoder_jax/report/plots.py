@@ -1,0 +1,176 @@
+"""Choose from the tables what each figure shows, and describe it in words for those who cannot see it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+
+from crosscoder_jax.report import figures
+from crosscoder_jax.report.cards import top_tokens
+from crosscoder_jax.report.content import VERDICTS, Method, live_delta_norms
+from crosscoder_jax.report.numbers import decimal, interval, plural
+from crosscoder_jax.report.palette import method_colour
+from crosscoder_jax.report.text import hover_safe
+
+MAX_GROUND_POINTS = 1_500
+"""Shared latents drawn behind the candidates; more would only make the page heavy."""
+MAX_CURVE_POINTS = 400
+"""Steps drawn of each training curve, evenly spread."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its heading and a description in words."""
+
+    key: str
+    title: str
+    description: str
+    note: str
+    figure: go.Figure
+
+
+def histogram_plot(method: Method) -> Plot:
+    """Build the decoder norm histogram of a crosscoder."""
+    values = live_delta_norms(method)
+    counts = method.class_counts
+    parts = ", ".join(
+        f"{counts.get(name, 0):,} {name}" for name in ("base-only", "shared", "chat-only", "other")
+    )
+    return Plot(
+        key=f"histogram-{method.slot}",
+        title=method.name,
+        description=f"Histogram of delta_norm, {plural(len(values), 'live latent')}: {parts}.",
+        note="" if not counts.get("dead") else f"{plural(counts['dead'], 'dead latent')} left out.",
+        figure=figures.histogram(values, method.cutoffs, counts),
+    )
+
+
+def scatter_plots(method: Method) -> tuple[Plot, ...]:
+    """Build the plane of Latent Scaling for chat-only candidates and, if there are any, base-only ones."""
+    is_asked = (True, method.claimed("base-only") > 0)
+    return tuple(
+        scatter_plot(method, name)
+        for name, asked in zip(("chat-only", "base-only"), is_asked, strict=True)
+        if asked
+    )
+
+
+def scatter_plot(method: Method, latent_class: str = "chat-only") -> Plot:
+    """Build the plane of Latent Scaling for the candidates of one class.
+
+    Ratios compare the other model with the candidate's own. Latents of other classes were measured from the
+    side of chat, so they are a ground for chat-only candidates alone.
+    """
+    classes, verdicts = method.latents.words("latent_class"), _verdict_words(method)
+    candidates = classes == latent_class
+    groups = {v: _points(method, np.flatnonzero(candidates & (verdicts == v))) for v in VERDICTS}
+    groups = {verdict: group for verdict, group in groups.items() if len(group)}
+    is_chat = latent_class == "chat-only"
+    shared = _points(method, _spread(np.flatnonzero((classes == "shared") & is_chat), MAX_GROUND_POINTS))
+    is_leaning = (classes == "other") & (method.latents.numbers("delta_norm") > method.cutoffs.shared_max)
+    leaning = _points(method, _spread(np.flatnonzero(is_leaning & is_chat), MAX_GROUND_POINTS))
+    listed = ", ".join(f"{len(group):,} {verdict}" for verdict, group in groups.items()) or "none"
+    number = plural(int(candidates.sum()), f"{latent_class} candidate")
+    return Plot(
+        key=f"scatter-{method.slot}-{latent_class}",
+        title=f"{method.name}: {latent_class}",
+        description=f"Scatter of nu_error against nu_recon of {number}: {listed}; "
+        f"{plural(len(shared), 'shared latent')} in the background.",
+        note=_outside(groups),
+        figure=figures.scatter(groups, shared, leaning, method.cutoffs, latent_class),
+    )
+
+
+def training_plots(methods: Sequence[Method]) -> tuple[Plot, ...]:
+    """Build the small multiples of training; quantities that no run logged are left out."""
+    sources = dict.fromkeys(
+        key.removeprefix("fve/")
+        for m in methods
+        for row in m.files.metrics[-1:]
+        for key in row
+        if key.startswith("fve/")
+    )
+    wanted = [
+        ("loss", "Loss, log scale", "log"),
+        *[(f"fve/{name}", f"Variance explained: {name}", "share") for name in sources],
+        ("l0", "Active latents a token (L0)", "number"),
+        ("dead", "Dead latents", "share"),
+    ]
+    panels = [
+        (key, figures.Panel(hover_safe(title), unit, _curves(methods, key))) for key, title, unit in wanted
+    ]
+    return tuple(_training_plot(i, panel) for i, (_, panel) in enumerate(panels) if panel.curves)
+
+
+def _training_plot(number: int, panel: figures.Panel) -> Plot:
+    ends = "; ".join(f"{curve.name} ends at {curve.values[-1]:.3g}" for curve in panel.curves)
+    return Plot(
+        f"training-{number}",
+        panel.title,
+        f"{panel.title} over training steps: {ends}.",
+        "",
+        figures.training_panel(panel),
+    )
+
+
+def _curves(methods: Sequence[Method], key: str) -> tuple[figures.Curve, ...]:
+    curves = []
+    for method in methods:
+        rows = [
+            row
+            for row in method.files.metrics
+            if isinstance(row.get(key), int | float) and np.isfinite(row[key])
+        ]
+        rows = [rows[i] for i in _spread(np.arange(len(rows)), MAX_CURVE_POINTS)]
+        if rows:
+            steps, values = tuple(int(row["step"]) for row in rows), tuple(float(row[key]) for row in rows)
+            curves.append(figures.Curve(hover_safe(method.name), method_colour(method.slot), steps, values))
+    return tuple(curves)
+
+
+def _points(method: Method, rows: np.ndarray) -> figures.ScatterPoints:
+    columns = [
+        method.latents.numbers(name)[rows] for name in ("nu_error", "nu_recon", "se_nu_error", "se_nu_recon")
+    ]
+    return figures.ScatterPoints(*columns, hover=tuple(_hover(method, int(row)) for row in rows))
+
+
+def _hover(method: Method, row: int) -> str:
+    def value(name: str) -> float:
+        return float(method.latents.numbers(name)[row])
+
+    latent = int(value("latent"))
+    tokens = top_tokens((method.files.snippets or {}).get(latent, []), 1)
+    lines = [
+        f"<b>latent {latent}</b> {hover_safe(str(method.latents.words('latent_class')[row]))}",
+        f"top token {hover_safe(tokens[0]) if tokens else 'n/a (no snippets kept)'}",
+        f"delta_norm {decimal(value('delta_norm')).text}",
+        f"{figures.NU}_error {interval(value('nu_error'), value('se_nu_error')).text}",
+        f"{figures.NU}_recon {interval(value('nu_recon'), value('se_nu_recon')).text}",
+    ]
+    return "<br>".join(lines)
+
+
+def _verdict_words(method: Method) -> np.ndarray:
+    words = method.latents.words("verdict")
+    return np.where(np.isin(words.astype(str), VERDICTS), words, "not tested")
+
+
+def _outside(groups: dict[str, figures.ScatterPoints]) -> str:
+    finite = sum(int(np.sum(np.isfinite(g.nu_error) & np.isfinite(g.nu_recon))) for g in groups.values())
+    inside = sum(int(g.is_inside().sum()) for g in groups.values())
+    undefined = sum(len(g) for g in groups.values()) - finite
+    notes = []
+    if finite > inside:
+        notes.append(f"{plural(finite - inside, 'candidate')} outside the frame")
+    if undefined:
+        notes.append(f"{plural(undefined, 'candidate')} without a defined ratio (too little evidence)")
+    return f"Not drawn: {' and '.join(notes)}." if notes else ""
+
+
+def _spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """Keep at most so many rows, evenly spread and always with the last."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]

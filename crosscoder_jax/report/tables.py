@@ -1,0 +1,97 @@
+"""The tables of the page as rows of formatted numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from crosscoder_jax.report.content import CLASSES, EXCLUSIVE_CLASSES, VERDICTS, Method, has_latent_scaling
+from crosscoder_jax.report.numbers import Figure, count, decimal, missing, share
+
+NOT_EVALUATED = "run crosscoder-jax evaluate"
+ONE_DECODER = "one decoder only: no norms to compare"
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """A line of the table of methods."""
+
+    name: str
+    slot: int
+    num_latents: Figure
+    explained: Figure
+    explained_by_source: tuple[tuple[str, Figure], ...]
+    mean_active: Figure
+    dead: Figure
+    claimed: Figure
+    confirmed: Figure
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a stacked bar: a verdict, its number and its width in percent."""
+
+    verdict: str
+    number: int
+    percent: float
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """Latents of one exclusive class before and after Latent Scaling."""
+
+    method: str
+    latent_class: str
+    claimed: int
+    confirmed: Figure
+    segments: tuple[Segment, ...]
+
+
+def method_rows(methods: Sequence[Method]) -> tuple[MethodRow, ...]:
+    """Give a row for each method."""
+    return tuple(_method_row(method) for method in methods)
+
+
+def class_rows(methods: Sequence[Method]) -> tuple[ClassRow, ...]:
+    """Give two rows for each crosscoder: chat-only and base-only."""
+    return tuple(class_row(method, name) for method in methods for name in EXCLUSIVE_CLASSES)
+
+
+def class_row(method: Method, latent_class: str) -> ClassRow:
+    """Give what Latent Scaling made of the claims of one class."""
+    claimed = method.claimed(latent_class)
+    numbers = {verdict: method.verdicts(verdict, latent_class) for verdict in VERDICTS}
+    segments = tuple(Segment(verdict, n, round(100 * n / claimed, 2)) for verdict, n in numbers.items() if n)
+    return ClassRow(method.name, latent_class, claimed, _confirmed(method, latent_class), segments)
+
+
+def class_counts(method: Method) -> tuple[tuple[str, Figure], ...]:
+    """Give the number of latents of each class of the histogram."""
+    return tuple((name, count(method.class_counts.get(name))) for name in CLASSES)
+
+
+def _method_row(method: Method) -> MethodRow:
+    keys = [key for key in (method.files.evaluation or {}) if key.startswith("fve/")]
+    names = [key.removeprefix("fve/") for key in keys]
+    by_source = (
+        tuple((name, share(method.fraction_explained(name))) for name in names) if len(names) > 1 else ()
+    )
+    is_one = method.is_difference
+    return MethodRow(
+        name=method.name,
+        slot=method.slot,
+        num_latents=count(method.num_latents),
+        explained=share(method.fraction_explained(), NOT_EVALUATED),
+        explained_by_source=by_source,
+        mean_active=decimal(method.mean_active(), 1, NOT_EVALUATED),
+        dead=share(method.dead_fraction(), NOT_EVALUATED),
+        claimed=missing(ONE_DECODER) if is_one else count(method.claimed()),
+        confirmed=missing(ONE_DECODER) if is_one else _confirmed(method, None),
+    )
+
+
+def _confirmed(method: Method, latent_class: str | None) -> Figure:
+    claimed = method.claimed(latent_class)
+    if not claimed:
+        return missing("nothing was claimed")
+    if not has_latent_scaling(method) or method.verdicts("not tested", latent_class) == claimed:
+        return missing("Latent Scaling was not run on them")
+    return count(method.verdicts("confirmed", latent_class))

@@ -1,0 +1,103 @@
+"""The conclusion of a report in plain sentences, each computed from the tables."""
+
+from collections.abc import Sequence
+
+from crosscoder_jax.report.content import Method, has_latent_scaling, most_leaning
+from crosscoder_jax.report.numbers import plural, share
+
+
+def conclusion(methods: Sequence[Method]) -> tuple[str, ...]:
+    """Give the conclusion, a paragraph a method: crosscoders by claims, difference SAEs by texts."""
+    return tuple(
+        _difference(method) if method.is_difference else _crosscoder(method, methods) for method in methods
+    )
+
+
+def headline(methods: Sequence[Method]) -> str:
+    """Give the result of the main crosscoder in one short sentence."""
+    main = next((method for method in methods if not method.is_difference), None)
+    if main is None:
+        return "No crosscoder is among the runs: decoder norms cannot be compared."
+    claimed = main.claimed()
+    if not claimed:
+        return "No latent belongs to one model only."
+    if not has_latent_scaling(main):
+        return f"Decoder norms claim {plural(claimed, 'model-specific latent')}, none of them tested."
+    confirmed = main.verdicts("confirmed")
+    if not confirmed:
+        subject = (
+            "The one claimed model-specific latent does not survive"
+            if claimed == 1
+            else f"None of {claimed:,} claimed model-specific latents survives"
+        )
+        return f"{subject} Latent Scaling."
+    subject = (
+        "The one claimed model-specific latent"
+        if claimed == 1
+        else f"{confirmed:,} of {claimed:,} claimed model-specific latents"
+    )
+    return f"{subject} {'survives' if confirmed == 1 else 'survive'} Latent Scaling."
+
+
+def _crosscoder(method: Method, methods: Sequence[Method]) -> str:
+    is_named = sum(not other.is_difference for other in methods) > 1
+    lead = f"{method.name}: of" if is_named else "Of"
+    chat, base = method.claimed("chat-only"), method.claimed("base-only")
+    opening = f"{lead} {plural(method.num_latents, 'latent')}, the decoder-norm histogram alone claims "
+    if not chat + base:
+        return opening + "none as chat-only and none as base-only." + _leaning(method)
+    claims = [f"{n:,} as {name}" for n, name in ((chat, "chat-only"), (base, "base-only")) if n]
+    missing = [f"none as {name}" for n, name in ((chat, "chat-only"), (base, "base-only")) if not n]
+    return f"{opening}{_join(claims + missing)}. {_tested(method)}"
+
+
+def _tested(method: Method) -> str:
+    if not has_latent_scaling(method):
+        return "Latent Scaling was not run on them, so none of these claims is tested."
+    parts = [
+        _verb(method.verdicts("complete shrinkage"), "looks", "look", "like complete shrinkage"),
+        _verb(method.verdicts("latent decoupling"), "looks", "look", "like latent decoupling"),
+        _verb(method.verdicts("shrinkage and decoupling"), "looks", "look", "like both"),
+        _verb(method.verdicts("undetermined"), "has", "have", "too little evidence"),
+        _verb(method.verdicts("not tested"), "was", "were", "not tested"),
+    ]
+    confirmed = method.verdicts("confirmed")
+    rest = _join([part for part in parts if part])
+    subject = f"confirms {confirmed:,} of them" if confirmed else "confirms none of them"
+    if confirmed == method.claimed():
+        subject = "confirms it" if confirmed == 1 else f"confirms all {confirmed:,}"
+    return f"Latent Scaling {subject}{'; ' + rest if rest else ''}."
+
+
+def _leaning(method: Method) -> str:
+    span = most_leaning(method)
+    if span is None:
+        return " No latent is alive."
+    return (
+        f" Among live latents the decoder norm difference runs from {span[0]:.2f} to {span[1]:.2f}, "
+        "where 0.5 is shared alike: whatever changed is spread over latents that both models have."
+    )
+
+
+def _difference(method: Method) -> str:
+    explained = method.fraction_explained()
+    opening = f"{method.name}: {plural(method.num_latents, 'latent')}"
+    if explained is not None:
+        opening += f" explain {share(explained).text} of the variance of the difference between the models"
+    found = [(label, number) for label, number in method.concentrated.items() if number]
+    if not method.concentrated:
+        return f"{opening}; which text each fires on was not recorded."
+    if not found:
+        return f"{opening}; none puts more than 80 % of its activation on a single text."
+    listed = _join([f"{number:,} on {label}" for label, number in sorted(found, key=lambda pair: -pair[1])])
+    total = sum(number for _, number in found)
+    verb = "puts more than 80 % of its" if total == 1 else "put more than 80 % of their"
+    return f"{opening}; {total:,} {verb} activation on a single text ({listed})."
+
+
+def _verb(number: int, singular: str, many: str, rest: str) -> str:
+    return f"{number:,} {singular if number == 1 else many} {rest}" if number else ""
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
