@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import math
 import time
 import warnings
@@ -88,7 +89,7 @@ def fit(
     check_divisible("batch_size", config.batch_size, mesh, "data")
     check_divisible("num_latents", config.crosscoder.num_latents, mesh, "latent")
     folder.mkdir(parents=True, exist_ok=True)
-    _claim_folder(folder, run_identity(config, store, options))
+    _claim_folder(folder, run_identity(config, store, options), store)
     view = TokenView.of_split(store, options.split, held_out=False)
     with contextlib.ExitStack() as stack:
         if mesh is not None:
@@ -114,7 +115,7 @@ def run_identity(config: TrainConfig, store: ActivationStore, options: RunOption
         "train": config_to_json(config),
         "split": config_to_json(options.split),
         "window_tokens": options.window_tokens,
-        "store": {"fingerprint": store.manifest.fingerprint(), **store.manifest.identity()},
+        "store_identity": {"fingerprint": store.manifest.fingerprint(), **store.manifest.identity()},
     }
 
 
@@ -126,16 +127,25 @@ def provenance(config: TrainConfig, store: ActivationStore) -> dict[str, Any]:
         "harvest": store.manifest.provenance,
         "num_tokens": store.num_tokens,
         "train": config_to_json(config),
+        "versions": library_versions(),
     }
 
 
-def _claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Write the run's identity, or refuse a folder that holds another run."""
+def library_versions() -> dict[str, str]:
+    """Return the versions of what decides the numbers of a run."""
+    names = ("crosscoder-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _claim_folder(folder: Path, identity: Mapping[str, Any], store: ActivationStore) -> None:
+    """Write what the run is, or refuse a folder that holds another run."""
     path = folder / "config.json"
     if not path.exists():
-        write_json_atomically(path, identity)
+        record = {"store_path": str(store.path.absolute()), "versions": library_versions()}
+        write_json_atomically(path, {**identity, **record})
         return
-    differences = config_differences(identity, read_json(path))
+    recorded = read_json(path)
+    differences = config_differences(identity, {name: recorded.get(name) for name in identity})
     if differences:
         raise ValueError(
             f"{folder} holds another run: {'; '.join(differences)}: "

@@ -1,0 +1,107 @@
+"""Crosscoders on plain arrays: activations in, sparse codes and reconstructions out."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int32, Shaped
+
+from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.sources import Sources
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedArray:
+    """Codes of many tokens, padded to the most active latents that any of them has."""
+
+    indices: Int32[np.ndarray, "token k"]
+    """Active latents of each token in rising order; -1 fills up."""
+    values: Float[np.ndarray, "token k"]
+    """Their activations; 0 fills up."""
+    recon: Float[np.ndarray, "token width"]
+    """Reconstruction in raw activation units, sources concatenated."""
+
+
+def encode_array(
+    crosscoder: Crosscoder,
+    acts: Shaped[np.ndarray, "token *rest"],
+    *,
+    stored: Sources | None = None,
+    batch_size: int = 1024,
+) -> EncodedArray:
+    """Encode raw activations at the inference rule.
+
+    Args:
+        crosscoder: any.
+        acts: raw, ``[token, source, width]`` if all sources have one width, or ``[token, width]``
+            with the sources concatenated.
+        stored: what ``acts`` holds, for a crosscoder of derived sources; its own sources by default.
+        batch_size: tokens encoded at once; does not change the result beyond rounding.
+
+    Raises:
+        ValueError: if the shape does not fit the sources, or a row holds NaN or infinity.
+    """
+    stored = stored or crosscoder.config.sources
+    rows = _concatenated(acts, stored)
+    parts = [
+        _encode_rows(crosscoder, rows[i : i + batch_size], stored, i) for i in range(0, len(rows), batch_size)
+    ]
+    longest = max((part.indices.shape[1] for part in parts), default=0)
+    return EncodedArray(
+        indices=_joined([_filled(part.indices, longest, -1) for part in parts], (0, longest), np.int32),
+        values=_joined([_filled(part.values, longest, 0) for part in parts], (0, longest), np.float32),
+        recon=_joined([part.recon for part in parts], (0, crosscoder.config.sources.width), np.float32),
+    )
+
+
+def _concatenated(acts: np.ndarray, stored: Sources) -> np.ndarray:
+    shape = (len(stored), stored.widths[0])
+    if acts.ndim == 3 and len(set(stored.widths)) == 1 and acts.shape[1:] == shape:
+        return acts.reshape(len(acts), -1)
+    if acts.ndim == 2 and acts.shape[1] == stored.width:
+        return acts
+    widths = dict(zip(stored.names, stored.widths, strict=True))
+    raise ValueError(
+        f"acts has shape {acts.shape}, but the sources {widths} need [token, {shape[0]}, {shape[1]}] "
+        f"or [token, {stored.width}]"
+    )
+
+
+def _encode_rows(crosscoder: Crosscoder, rows: np.ndarray, stored: Sources, start: int) -> EncodedArray:
+    rows = np.asarray(rows, np.float32)
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"token {start + int(np.argmin(finite))} of acts holds NaN or infinity: leave it out"
+        )
+    code, recon = _encode_and_decode(crosscoder, rows, stored)
+    active = code > 0
+    longest = int(active.sum(axis=1).max())
+    # A stable sort on "not active" brings the active latents to the front in rising order.
+    order = np.argsort(~active, axis=1, kind="stable")[:, :longest]
+    is_active = np.take_along_axis(active, order, axis=1)
+    values = np.where(is_active, np.take_along_axis(code, order, axis=1), 0).astype(np.float32)
+    return EncodedArray(np.where(is_active, order, -1).astype(np.int32), values, recon)
+
+
+@functools.partial(jax.jit, static_argnames="stored")
+def _forward(crosscoder: Crosscoder, rows: jax.Array, stored: Sources) -> tuple[jax.Array, jax.Array]:
+    code = crosscoder.encode(crosscoder.config.sources.derive(rows, stored))
+    return code, crosscoder.decode(code)
+
+
+def _encode_and_decode(
+    crosscoder: Crosscoder, rows: np.ndarray, stored: Sources
+) -> tuple[np.ndarray, np.ndarray]:
+    code, recon = _forward(crosscoder, jnp.asarray(rows), stored)
+    return np.asarray(code), np.asarray(recon)
+
+
+def _filled(part: np.ndarray, longest: int, value: int) -> np.ndarray:
+    return np.pad(part, ((0, 0), (0, longest - part.shape[1])), constant_values=value)
+
+
+def _joined(parts: list[np.ndarray], empty: tuple[int, int], dtype: type) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(empty, dtype)

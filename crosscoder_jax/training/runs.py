@@ -1,0 +1,69 @@
+"""A run folder, opened again: its crosscoder, its recipe, its store and what was held out."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from crosscoder_jax.activations.atomic import read_json
+from crosscoder_jax.activations.split import Split
+from crosscoder_jax.activations.store import ActivationStore
+from crosscoder_jax.activations.view import TokenView
+from crosscoder_jax.configs import config_from_json
+from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.interop.published import load, load_provenance, save
+from crosscoder_jax.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What ``train`` left in a folder."""
+
+    folder: Path
+    train: TrainConfig
+    split: Split
+    store: ActivationStore
+    """The store it was trained on, or another one of the same models."""
+
+    @classmethod
+    def open(cls, folder: Path, store: Path | None = None) -> "Run":
+        """Open a run.
+
+        Args:
+            folder: of the run.
+            store: of the same models and layers; by default the one that was trained on.
+
+        Raises:
+            ValueError: if the folder is not a run, or the store holds other models.
+        """
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing: {folder} is not a run folder; make one with 'train'")
+        recorded = read_json(path)
+        try:
+            opened = ActivationStore.open(store or recorded["store_path"])
+            identity = {k: v for k, v in recorded["store_identity"].items() if k != "fingerprint"}
+            train = config_from_json(TrainConfig, recorded["train"], where=f"{path}: train")
+            split = config_from_json(Split, recorded["split"], where=f"{path}: split")
+        except KeyError as error:
+            raise ValueError(f"{path}: lacks {error}: it was not written by 'train'") from error
+        opened.require_identity(identity)
+        return cls(folder, train, split, opened)
+
+    def crosscoder(self) -> Crosscoder:
+        """Load the finished crosscoder.
+
+        Raises:
+            ValueError: if the run is not finished.
+        """
+        if not (self.folder / "crosscoder" / "config.json").is_file():
+            raise ValueError(f"{self.folder}: is not finished: run 'train' again to go on")
+        return load(self.folder / "crosscoder")
+
+    def replace_crosscoder(self, crosscoder: Crosscoder, **notes: Any) -> None:
+        """Save a changed crosscoder over the finished one, with notes added to its provenance."""
+        folder = self.folder / "crosscoder"
+        save(crosscoder, folder, provenance={**load_provenance(folder), **notes})
+
+    def held_out(self) -> TokenView:
+        """Return the view of the tokens that training did not see."""
+        return TokenView.of_split(self.store, self.split, held_out=True)
