@@ -5,6 +5,7 @@ leaves it old or new. Chunks that are missing are errors, not zeros.
 """
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import os
@@ -21,6 +22,8 @@ from crosscoder_jax.activations.manifest import StoreError
 
 _WRITES_IN_FLIGHT = 2
 _GROW_CHUNKS = 64
+_UNFINISHED_SUFFIX = ".__lock"
+"""What TensorStore calls a file until it is renamed."""
 _REASONS = (
     ("Digest mismatch", "its checksum is wrong: the file was damaged after it was written"),
     ("Not enough data", "it is truncated"),
@@ -157,7 +160,7 @@ class AppendedArray:
     def _filled(self) -> int:
         return self.num_tokens % self.spec.chunk_tokens
 
-    def append(self, rows: Shaped[np.ndarray, "token ..."]) -> list[Shaped[np.ndarray, "token ..."]]:
+    def append(self, rows: Shaped[np.ndarray, "token ..."]) -> list[Shaped[np.ndarray, "chunk ..."]]:
         """Add rows of the stored type; return the chunks that this completed.
 
         Raises:
@@ -194,17 +197,25 @@ class AppendedArray:
             self._write(self.num_tokens - self._filled, self._buffer.copy())
         self._wait(0)
 
+    def settle(self) -> None:
+        """Wait until no write is under way, whatever became of them."""
+        while self._futures:
+            with contextlib.suppress(StoreError):
+                self._wait(0)
+
     def finish(self) -> None:
         """Bring everything to the disk and set the final length."""
         self.flush()
         self._resize(self.num_tokens, is_metadata_only=True)
 
-    def _new_buffer(self) -> Shaped[np.ndarray, "token ..."]:
+    def _new_buffer(self) -> Shaped[np.ndarray, "chunk ..."]:
         return np.zeros((self.spec.chunk_tokens, *self.spec.row_shape), ts.dtype(self.spec.dtype).numpy_dtype)
 
     def _drop_after(self, num_tokens: int) -> None:
         """Forget what a killed writer left behind its last checkpoint; read the tail back."""
         chunk = self.spec.chunk_tokens
+        for unfinished in self.spec.folder.rglob(f"*{_UNFINISHED_SUFFIX}"):
+            unfinished.unlink()
         if self._array.shape[0] < num_tokens:
             raise StoreError(
                 f"{self.spec.folder}: {self.spec.what} has {self._array.shape[0]} tokens, but {num_tokens} "
@@ -215,7 +226,7 @@ class AppendedArray:
             self._buffer[: self._filled] = StoredArray(self.spec, self._array).read(start, num_tokens)
         self._resize(start + (chunk if self._filled else 0), is_metadata_only=False)
 
-    def _write(self, start: int, rows: Shaped[np.ndarray, "token ..."] | None = None) -> None:
+    def _write(self, start: int, rows: Shaped[np.ndarray, "chunk ..."] | None = None) -> None:
         stop = start + self.spec.chunk_tokens
         if stop > self._array.shape[0]:
             self._resize(start + _GROW_CHUNKS * self.spec.chunk_tokens, is_metadata_only=True)

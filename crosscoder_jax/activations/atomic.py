@@ -53,6 +53,18 @@ def write_json_atomically(path: str | os.PathLike[str], obj: Any) -> None:
     write_bytes_atomically(path, (text + "\n").encode())
 
 
+def as_read_back(obj: Any) -> Any:
+    """Return what reading ``obj`` back from JSON would give: lists for tuples, plain numbers.
+
+    Raises:
+        ValueError: if ``obj`` holds something that JSON cannot express.
+    """
+    try:
+        return json.loads(_format(obj, ""))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{obj!r} cannot be written as JSON: {error}") from error
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 

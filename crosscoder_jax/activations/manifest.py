@@ -110,6 +110,9 @@ class Manifest:
             raise ValueError(f"fields {missing} are missing")
         if unknown := sorted(set(data) - set(names)):
             raise ValueError(f"fields {unknown} are unknown")
+        for name in ("num_tokens", "num_documents", "chunk_tokens"):
+            if not isinstance(data[name], int) or data[name] <= 0:
+                raise ValueError(f"{name}={data[name]!r} must be a positive integer")
         try:
             manifest = cls(**(data | _parsed(data)))
         except (TypeError, KeyError, AttributeError) as error:
@@ -138,10 +141,6 @@ class Manifest:
     def _check(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {DTYPES}")
-        for name in ("num_tokens", "num_documents", "chunk_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
         for source in self.sources:
             statistics = self.statistics.get(source.name)
             if statistics is None or len(statistics.mean) != source.width:

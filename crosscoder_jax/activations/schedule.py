@@ -99,8 +99,10 @@ class BatchSchedule:
 
     def window_positions(self, window: Window) -> Int64[np.ndarray, "token"]:
         """Return the view's positions of the tokens of a window, in the order of the stream."""
-        blocks = self._blocks(window.epoch, window.index)
-        ordered = np.concatenate([np.arange(self._edges[b], self._edges[b + 1]) for b in blocks])
+        low = window.index * self.window_blocks
+        blocks = self._order(window.epoch)[low : low + self.window_blocks]
+        spans = zip(self._edges[blocks].tolist(), self._edges[blocks + 1].tolist(), strict=True)
+        ordered = np.concatenate([np.arange(start, stop) for start, stop in spans])
         return ordered[permutation(self.seed, 1, window.epoch, window.index, size=len(ordered))]
 
     @functools.cached_property
@@ -121,10 +123,6 @@ class BatchSchedule:
                 if old != epoch:
                     del self._orders[old]
         return self._orders[epoch]
-
-    def _blocks(self, epoch: int, index: int) -> Int64[np.ndarray, "blocks"]:
-        low = index * self.window_blocks
-        return self._order(epoch)[low : low + self.window_blocks]
 
     def _window_edges(self, epoch: int) -> Int64[np.ndarray, "edges"]:
         """Return where in the epoch each window begins, and the epoch's end."""

@@ -22,8 +22,8 @@ class Split:
         ValueError: if ``fraction`` is not at least 0 and below 1.
 
     Examples:
-        >>> Split(fraction=0.25, seed=1).is_held_out(np.arange(8)).tolist()
-        [False, False, False, False, True, True, False, False]
+        >>> Split(fraction=0.5, seed=0).is_held_out(np.arange(6)).tolist()
+        [False, True, True, False, True, True]
     """
 
     fraction: float = 0.1

@@ -115,5 +115,5 @@ def finite_rows(rows: Float[np.ndarray, "token width"]) -> Bool[np.ndarray, "tok
     """Tell of each row, bfloat16 or float32, whether all of it is finite."""
     if rows.dtype == ml_dtypes.bfloat16:
         # An exponent of all ones is an infinity or a NaN; ten times faster than ml_dtypes' isfinite.
-        return ((rows.view(np.uint16) & 0x7F80) != 0x7F80).all(axis=1)
-    return np.isfinite(rows).all(axis=1)
+        return np.asarray(((rows.view(np.uint16) & 0x7F80) != 0x7F80).all(axis=1))
+    return np.asarray(np.isfinite(rows).all(axis=1))

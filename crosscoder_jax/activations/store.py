@@ -3,7 +3,7 @@
 import collections
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from crosscoder_jax.activations.atomic import read_json
 from crosscoder_jax.activations.layout import COLUMNS, VOCABULARY_NAME, column_spec, source_spec
 from crosscoder_jax.activations.manifest import Manifest, StoreError, describe_differences
 from crosscoder_jax.sources import Source, Sources
-from crosscoder_jax.typing import Progress
 
 _COLUMN_CACHE_BYTES = 16 << 20
 _READS_IN_FLIGHT = 4
@@ -33,9 +32,11 @@ class ActivationStore:
     def __init__(self, folder: Path, manifest: Manifest):
         self.path = folder
         self.manifest = manifest
-        self.arrays = tuple(StoredArray.open(source_spec(folder, s, manifest)) for s in manifest.sources)
+        dtype, chunk = manifest.dtype, manifest.chunk_tokens
+        specs = [source_spec(folder, source, dtype, chunk) for source in manifest.sources]
+        self.arrays = tuple(StoredArray.open(spec) for spec in specs)
         self.columns = {
-            name: StoredArray.open(column_spec(folder, name, manifest), cache_bytes=_COLUMN_CACHE_BYTES)
+            name: StoredArray.open(column_spec(folder, name, chunk), cache_bytes=_COLUMN_CACHE_BYTES)
             for name in COLUMNS
         }
         for array in (*self.arrays, *self.columns.values()):
@@ -138,7 +139,7 @@ class ActivationStore:
             return {}
         return {int(token): text.encode("latin-1") for token, text in read_json(path).items()}
 
-    def verify(self, progress: Progress | None = None) -> list[str]:
+    def verify(self, progress: Callable[[int, int, str], None] | None = None) -> list[str]:
         """Read everything and return what is wrong with it, one line per fault; empty if sound.
 
         Looks for damaged, truncated and missing files, for rows that are not finite, for
