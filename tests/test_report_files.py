@@ -17,8 +17,8 @@ HOSTILE = "</script><img src=x onerror=\"alert('x')\">{{7*7}}<b>%{x}"
 LABELS = ("novel", "conversation", "speeches")
 PASSAGE = (
     " the| whale| rose| slowly| before| the| ship|,| and| Captain| Ahab| stood| upon| the| deck|;|\n|“|There|"
-    " she| blows|!|”| cried| the| mast|-|head|.| What| would| you| like| for| dinner|?| I| think| we| should| "
-    "go| home|."
+    " she| blows|!|”| cried| the| mast|-|head|.| What| would| you| like| for| dinner|?| I| think|"
+    " we| should| go| home|."
 )
 WORDS = PASSAGE.split("|")
 
@@ -50,7 +50,7 @@ def make_run(
     pq.write_table(pa.table(columns), folder / "diff" / "latents.parquet")
     _write(
         folder / "config.json",
-        make_config(num_latents, sources, sparsity or {"kind": "BatchTopK", "k": 32.0}),
+        make_config(num_latents, sources, sparsity or {"type": "BatchTopK", "k": 32.0}),
     )
     _write(folder / "evaluation.json", make_evaluation(sources, 0.56 if is_difference else 0.853))
     _write(
@@ -169,22 +169,28 @@ def make_config(num_latents: int, sources: tuple[str, ...], sparsity: dict) -> d
             ("after", "SmolLM2-135M-Instruct + LoRA on Moby-Dick", None),
         )
     }
+    entries = [{"type": "Source", "name": name, "width": 576, "combination": None} for name in sources]
     return {
-        "crosscoder": {
-            "num_latents": num_latents,
-            "sources": [{"name": n, "width": 576} for n in sources],
-            "sparsity": sparsity,
-        },
-        "training": {
+        "train": {
+            "type": "TrainConfig",
+            "crosscoder": {
+                "type": "CrosscoderConfig",
+                "sources": {"type": "Sources", "entries": entries},
+                "num_latents": num_latents,
+                "sparsity": sparsity,
+                "dtype": "float32",
+            },
             "num_steps": 1_200,
             "batch_size": 1_024,
             "learning_rate": 1e-3,
+            "warmup_steps": 100,
+            "loss": {"type": "ErrorNorm"},
+            "aux_k": {"type": "AuxK", "weight": 0.03125},
             "seed": 0,
-            "aux_weight": 0.03125,
         },
-        "store": {"path": "store", "identity": stored},
-        "split": {"fraction": 0.2, "seed": 0},
-        "versions": {"jax": "0.10.2", "flax": "0.12.8"},
+        "split": {"type": "Split", "fraction": 0.2, "seed": 0},
+        "window_tokens": 131_072,
+        "store": {"fingerprint": "0123456789abcdef", **stored},
     }
 
 
@@ -268,7 +274,7 @@ def test_read_run_gives_every_part(tmp_path):
     assert files.evaluation["fve"] == 0.853
     assert files.snippets is not None
     assert len(files.snippets[0]) == 7
-    assert files.manifest is None
+    assert files.provenance == {}
 
 
 @pytest.mark.parametrize(
@@ -357,16 +363,11 @@ def test_snippets_that_do_not_fit_are_refused(tmp_path, activations, peak):
         read_snippets(path)
 
 
-def test_the_manifest_of_the_store_is_read_where_it_is(tmp_path):
+def test_the_provenance_of_the_published_crosscoder_is_read(tmp_path):
     run = make_run(tmp_path / "run")
-    store = tmp_path / "store"
-    store.mkdir()
-    _write(store / "manifest.json", {"num_tokens": 152_000, "sources": []})
-    config = json.loads((run / "config.json").read_text()) | {"store": str(store)}
-    _write(run / "config.json", config)
-    manifest = read_run(run).manifest
-    assert manifest is not None
-    assert manifest["num_tokens"] == 152_000
+    (run / "crosscoder").mkdir()
+    _write(run / "crosscoder" / "config.json", {"provenance": {"num_tokens": 152_000}})
+    assert read_run(run).provenance == {"num_tokens": 152_000}
 
 
 def test_find_prefers_the_value_nearest_the_top():

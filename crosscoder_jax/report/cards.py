@@ -186,7 +186,7 @@ def _direction_group(method: Method, latent_class: str, limits: CardLimits) -> C
         )
         if not len(rows):
             rule = f"Decoder norms claim no latent as {latent_class}, and none leans that way beyond shared."
-    return CardGroup(heading, rule, hue, tuple(build_card(method, row, limits) for row in rows))
+    return CardGroup(heading, rule, hue, tuple(build_card(method, row, limits) for row in rows.tolist()))
 
 
 def _difference_groups(method: Method, limits: CardLimits) -> tuple[CardGroup, ...]:

@@ -15,12 +15,14 @@ NOT_RECORDED = "not recorded in the run"
 RECIPE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Latents", ("num_latents",)),
     ("Sparsity", ("sparsity",)),
+    ("Reconstruction loss", ("loss",)),
+    ("Sparsity penalty", ("l1",)),
+    ("Dead-latent loss", ("aux_k",)),
     ("Batch, tokens", ("batch_size",)),
-    ("Steps", ("num_steps", "steps")),
-    ("Learning rate", ("learning_rate", "lr")),
-    ("Warm-up steps", ("warmup_steps", "num_warmup_steps", "warmup")),
-    ("AuxK weight", ("aux_weight", "auxk_weight", "aux_k_weight", "auxk_alpha")),
-    ("Compute dtype", ("dtype", "compute_dtype")),
+    ("Steps", ("num_steps",)),
+    ("Learning rate", ("learning_rate",)),
+    ("Warm-up steps", ("warmup_steps",)),
+    ("Compute dtype", ("dtype",)),
     ("Seed", ("seed",)),
 )
 """Rows of the recipe table and the keys of a run's config under which their values may stand."""
@@ -55,14 +57,11 @@ class TextShare:
 
 
 def compared_sources(method: Method) -> tuple[ComparedSource, ...]:
-    """Give the models behind a run from the store's manifest, the run's config or the summary of its diff."""
-    for content in (
-        method.files.manifest,
-        find(method.files.config, "identity", "store_identity", "manifest"),
-    ):
+    """Give the models behind a run: as published, as configured or as the diff summarises them."""
+    for content in (method.files.provenance.get("store"), method.files.config.get("store")):
         entries = _stored_sources(content) if isinstance(content, Mapping) else []
-        if entries and all(_names_model(entry) for entry in entries):
-            return tuple(_source(entry.get("name", ""), entry) for entry in entries)
+        if entries:
+            return tuple(_source(str(entry["name"]), entry) for entry in entries)
     models = method.files.summary.get("models")
     if isinstance(models, Mapping):
         return tuple(
@@ -78,11 +77,9 @@ def text_labels(methods: Sequence[Method]) -> tuple[str, ...]:
 
 
 def text_shares(method: Method) -> tuple[TextShare, ...]:
-    """Give the tokens of each text, where the summary of the diff or the store's manifest counts them."""
+    """Give the tokens of each text, where the summary of the diff or the harvest counts them."""
     counted = find(method.files.summary, "tokens_by_label", "label_tokens", "tokens_per_label")
-    counted = counted or find(
-        method.files.manifest or {}, "tokens_by_label", "label_tokens", "tokens_per_label"
-    )
+    counted = counted or find(method.files.provenance, "tokens_by_label", "label_tokens", "tokens_per_label")
     numbers: Mapping[str, Any] = counted if isinstance(counted, Mapping) else {}
     total = sum(numbers.values())
     return tuple(
@@ -97,13 +94,13 @@ def text_shares(method: Method) -> tuple[TextShare, ...]:
 
 def token_rows(methods: Sequence[Method]) -> tuple[Row, ...]:
     """Give the rows on how many tokens each method saw."""
-    stored = [find(method.files.manifest or {}, "num_tokens") or _stored_tokens(method) for method in methods]
+    analysed = [method.files.summary.get("num_tokens") for method in methods]
     rows = [
-        Row("Tokens in the store", tuple(count(value, NOT_RECORDED) for value in stored)),
         Row(
-            "Held-out tokens analysed",
-            tuple(count(m.files.summary.get("num_tokens"), "the diff does not state it") for m in methods),
+            "Tokens in the store",
+            tuple(count(m.files.provenance.get("num_tokens"), NOT_RECORDED) for m in methods),
         ),
+        Row("Held-out tokens analysed", tuple(count(value, NOT_RECORDED) for value in analysed)),
         Row(
             "Held-out share of documents", tuple(share(_held_out(method), NOT_RECORDED) for method in methods)
         ),
@@ -124,7 +121,7 @@ def versions(methods: Sequence[Method]) -> tuple[tuple[str, str], ...]:
     """Give the versions that the runs recorded and that of the package writing the page."""
     recorded: dict[str, str] = {}
     for method in methods:
-        content = find(method.files.config, "versions") or find(method.files.manifest or {}, "versions")
+        content = find(method.files.config, "versions") or find(method.files.provenance, "versions")
         recorded.update({k: str(v) for k, v in content.items()} if isinstance(content, Mapping) else {})
     try:
         recorded.setdefault("crosscoder-jax", importlib.metadata.version("crosscoder-jax"))
@@ -166,16 +163,13 @@ def _is_known(row: Row) -> bool:
     return any(value.text != "n/a" for value in row.values)
 
 
-def _stored_sources(content: Mapping[str, Any]) -> list[Any]:
-    """Give the sources of a manifest, or those of a store's identity, which keeps them by name."""
-    sources = content.get("sources", content)
-    if isinstance(sources, Mapping):
-        return [{"name": name, **entry} for name, entry in sources.items() if isinstance(entry, Mapping)]
-    return sources if isinstance(sources, list) else []
-
-
-def _names_model(entry: Any) -> bool:
-    return isinstance(entry, Mapping) and "model" in entry
+def _stored_sources(identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give the sources in the identity of a store, which keeps them by name beside other facts."""
+    return [
+        {"name": n, **entry}
+        for n, entry in identity.items()
+        if isinstance(entry, Mapping) and "model" in entry
+    ]
 
 
 def _source(name: str, entry: Mapping[str, Any]) -> ComparedSource:
@@ -191,11 +185,6 @@ def _source(name: str, entry: Mapping[str, Any]) -> ComparedSource:
         hook_point=known.get("hook_point", "not recorded"),
         width=known.get("width", "not recorded"),
     )
-
-
-def _stored_tokens(method: Method) -> Any:
-    identity = find(method.files.config, "identity", "store_identity", "manifest")
-    return identity.get("num_tokens") if isinstance(identity, Mapping) else None
 
 
 def _held_out(method: Method) -> float | None:

@@ -155,7 +155,7 @@ def scatter(
     )
     for at, is_vertical in ((cutoffs.max_nu_recon, True), (cutoffs.max_nu_error, False)):
         add = figure.add_vline if is_vertical else figure.add_hline
-        add(at, line={"color": MUTED, "width": 1, "dash": "dash"}, layer="below")
+        add(at, line={"color": MUTED, "width": 1.2, "dash": "6px,4px"}, layer="above")
     figure.add_trace(_ground(shared, "shared", CLASS_COLOURS["shared"], 4, 0.30))
     figure.add_trace(_ground(leaning, "leaning to chat", CLASS_COLOURS["chat-only"], 6, 0.55))
     for verdict, group in points.items():
@@ -288,7 +288,14 @@ def _name_regions(figure: go.Figure, latent_class: str) -> None:
         ),
         ("complete shrinkage", low + 0.015, high - 0.012, "left", "top", "#8a5f00"),
         ("latent decoupling", high - 0.015, low + 0.012, "right", "bottom", "#8c3d79"),
-        ("both", high - 0.015, high - 0.012, "right", "top", VERDICT_COLOURS["shrinkage and decoupling"]),
+        (
+            "both artefacts",
+            high - 0.015,
+            high - 0.012,
+            "right",
+            "top",
+            VERDICT_COLOURS["shrinkage and decoupling"],
+        ),
     )
     for text, x, y, xanchor, yanchor, colour in regions:
         figure.add_annotation(

@@ -52,7 +52,8 @@ class RunFiles:
     summary: dict[str, Any]
     latents: LatentTable
     snippets: dict[int, list[dict[str, Any]]] | None
-    manifest: dict[str, Any] | None
+    provenance: dict[str, Any]
+    """What the published crosscoder says of its store and its harvest; empty before training ends."""
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -72,7 +73,7 @@ def read_run(folder: Path) -> RunFiles:
         summary=_read_json(folder / "diff" / "summary.json", required_command=diff),
         latents=read_latents(folder / "diff" / "latents.parquet", required_command=diff),
         snippets=read_snippets(folder / "diff" / "snippets.json"),
-        manifest=_read_manifest(config, folder),
+        provenance=_read_provenance(folder / "crosscoder" / "config.json"),
     )
 
 
@@ -184,15 +185,10 @@ def _read_optional(path: Path) -> dict[str, Any] | None:
     return _read_json(path, required_command=command) if path.is_file() else None
 
 
-def _read_manifest(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
-    """Read the manifest of the run's store where the store is still at its place."""
-    store = find(config, "store", "store_path")
-    if not isinstance(store, str):
-        return None
-    places = (Path(store), folder / store)
-    return next(
-        (_read_optional(p / "manifest.json") for p in places if (p / "manifest.json").is_file()), None
-    )
+def _read_provenance(path: Path) -> dict[str, Any]:
+    published = _read_json(path, required_command="crosscoder-jax train") if path.is_file() else {}
+    provenance = published.get("provenance")
+    return provenance if isinstance(provenance, dict) else {}
 
 
 def find(content: Any, *names: str) -> Any:

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from crosscoder_jax.report import comparison, palette, plots, wording
 from crosscoder_jax.report.cards import NO_SNIPPETS, CardLimits, card_groups
 from crosscoder_jax.report.config import ReportConfig
-from crosscoder_jax.report.content import EXCLUSIVE_CLASSES, VERDICTS, Method, has_latent_scaling
+from crosscoder_jax.report.content import VERDICTS, Method
 from crosscoder_jax.report.figures import NU
 from crosscoder_jax.report.tables import class_rows, method_rows
 from crosscoder_jax.report.text import json_for_script
@@ -45,8 +45,7 @@ def render_page(config: ReportConfig, methods: Sequence[Method], today: datetime
             method_rows=method_rows(methods),
             class_rows=class_rows(crosscoders),
             crosscoders=crosscoders,
-            exclusive_classes=EXCLUSIVE_CLASSES,
-            verdicts=VERDICTS,
+            shown_verdicts=tuple(v for v in VERDICTS if any(method.verdicts(v) for method in crosscoders)),
             histogram_plots=histogram_plots,
             scatter_plots=scatter_plots,
             training_plots=training_plots,
@@ -60,7 +59,6 @@ def render_page(config: ReportConfig, methods: Sequence[Method], today: datetime
             today=today.isoformat(),
             nu=NU,
             palette=palette,
-            has_scaling={method.name: has_latent_scaling(method) for method in crosscoders},
             policy=content_security_policy(scripts),
             scripts=scripts,
             style=_asset("page.css"),

@@ -41,7 +41,7 @@ def histogram_plot(method: Method) -> Plot:
         key=f"histogram-{method.slot}",
         title=method.name,
         description=f"Histogram of delta_norm, {plural(len(values), 'live latent')}: {parts}.",
-        note="" if not counts.get("dead") else f"{plural(counts['dead'], 'dead latent')} left out.",
+        note=f"Between classes: {counts.get('other', 0):,}. Dead, not drawn: {counts.get('dead', 0):,}.",
         figure=figures.histogram(values, method.cutoffs, counts),
     )
 

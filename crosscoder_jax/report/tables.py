@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crosscoder_jax.report.content import CLASSES, EXCLUSIVE_CLASSES, VERDICTS, Method, has_latent_scaling
+from crosscoder_jax.report.content import EXCLUSIVE_CLASSES, VERDICTS, Method, has_latent_scaling
 from crosscoder_jax.report.numbers import Figure, count, decimal, missing, share
 
 NOT_EVALUATED = "run crosscoder-jax evaluate"
@@ -63,11 +63,6 @@ def class_row(method: Method, latent_class: str) -> ClassRow:
     return ClassRow(method.name, latent_class, claimed, _confirmed(method, latent_class), segments)
 
 
-def class_counts(method: Method) -> tuple[tuple[str, Figure], ...]:
-    """Give the number of latents of each class of the histogram."""
-    return tuple((name, count(method.class_counts.get(name))) for name in CLASSES)
-
-
 def _method_row(method: Method) -> MethodRow:
     keys = [key for key in (method.files.evaluation or {}) if key.startswith("fve/")]
     names = [key.removeprefix("fve/") for key in keys]
@@ -91,7 +86,7 @@ def _method_row(method: Method) -> MethodRow:
 def _confirmed(method: Method, latent_class: str | None) -> Figure:
     claimed = method.claimed(latent_class)
     if not claimed:
-        return missing("nothing was claimed")
+        return count(0)
     if not has_latent_scaling(method) or method.verdicts("not tested", latent_class) == claimed:
         return missing("Latent Scaling was not run on them")
     return count(method.verdicts("confirmed", latent_class))

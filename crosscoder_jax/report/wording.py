@@ -20,7 +20,7 @@ def headline(methods: Sequence[Method]) -> str:
         return "No crosscoder is among the runs: decoder norms cannot be compared."
     claimed = main.claimed()
     if not claimed:
-        return "No latent belongs to one model only."
+        return "Decoder norms claim no latent for one model only."
     if not has_latent_scaling(main):
         return f"Decoder norms claim {plural(claimed, 'model-specific latent')}, none of them tested."
     confirmed = main.verdicts("confirmed")
@@ -75,7 +75,7 @@ def _leaning(method: Method) -> str:
         return " No latent is alive."
     return (
         f" Among live latents the decoder norm difference runs from {span[0]:.2f} to {span[1]:.2f}, "
-        "where 0.5 is shared alike: whatever changed is spread over latents that both models have."
+        "where 0.5 is shared alike: if something changed, it is spread over latents that both models have."
     )
 
 

@@ -1,0 +1,272 @@
+"""What the report says, against tables made by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("plotly", reason="the report draws with plotly: install the extra 'report'")
+
+from test_report_files import make_run
+
+from crosscoder_jax.report import comparison, content, wording
+from crosscoder_jax.report.cards import (
+    CardLimits,
+    build_snippet,
+    card_groups,
+    choose_concentrated,
+    top_tokens,
+)
+from crosscoder_jax.report.config import ReportConfig
+from crosscoder_jax.report.files import LatentTable, RunFiles, read_run
+from crosscoder_jax.report.tables import class_row, method_rows
+
+TOKENS_BY_TEXT = [("novel", "8,020"), ("conversation", "13,100"), ("speeches", "9,091")]
+LIMITS = CardLimits(num_cards=4, tokens_before=2, tokens_after=1)
+
+
+def files_of(columns: dict, **parts) -> RunFiles:
+    """Make the files of a run around a small table."""
+    arrays = {k: np.array(v, dtype=object if isinstance(v[0], str) else float) for k, v in columns.items()}
+    arrays.setdefault("latent", np.arange(len(next(iter(arrays.values()))), dtype=float))
+    defaults = {
+        "config": {},
+        "metrics": (),
+        "evaluation": None,
+        "summary": {},
+        "snippets": None,
+        "provenance": {},
+    }
+    return RunFiles(folder=Path("run"), latents=LatentTable(arrays), **(defaults | parts))
+
+
+def crosscoder_of(classes: list[str], verdicts: list[str], **columns) -> content.Method:
+    """Make a crosscoder with these classes and verdicts."""
+    return content.build_method(files_of({"latent_class": classes, "verdict": verdicts, **columns}), 0)
+
+
+MIXED = crosscoder_of(
+    ["chat-only"] * 6 + ["base-only"] + ["shared"] * 2 + ["other", "dead"],
+    [
+        "confirmed",
+        "confirmed",
+        "complete shrinkage",
+        "latent decoupling",
+        "undetermined",
+        "",
+        "confirmed",
+        "",
+        "",
+        "",
+        "",
+    ],
+    delta_norm=[0.95, 0.92, 0.91, 0.99, 0.97, 0.93, 0.04, 0.5, 0.55, 0.7, np.nan],
+    energy=[1, 9, 50, 3, 4, 5, 6, 7, 8, 9, 0],
+)
+
+
+def test_counts_by_class_and_verdict():
+    assert MIXED.class_counts == {"base-only": 1, "shared": 2, "chat-only": 6, "other": 1, "dead": 1}
+    assert MIXED.claimed() == 7
+    assert MIXED.verdicts("confirmed") == 3
+    assert MIXED.verdicts("confirmed", "chat-only") == 2
+    # An empty verdict on a claimed latent is a test that was not made; on a shared one it is nothing.
+    assert MIXED.verdicts("not tested") == 1
+    row = class_row(MIXED, "chat-only")
+    assert row.claimed == sum(part.number for part in row.segments) == 6
+    assert sum(part.percent for part in row.segments) == pytest.approx(100, abs=0.05)
+    assert row.confirmed.text == "2"
+
+
+def test_conclusion_with_claims():
+    assert wording.headline([MIXED]) == "3 of 7 claimed model-specific latents survive Latent Scaling."
+    assert wording.conclusion([MIXED]) == (
+        "Of 11 latents, the decoder-norm histogram alone claims 6 as chat-only and 1 as base-only. "
+        "Latent Scaling confirms 3 of them; 1 looks like complete shrinkage, 1 looks like latent decoupling, "
+        "1 has too little evidence and 1 was not tested.",
+    )
+
+
+def test_conclusion_without_claims_says_so():
+    method = crosscoder_of(["shared", "other", "dead"], ["", "", ""], delta_norm=[0.5, 0.72, np.nan])
+    assert wording.headline([method]) == "Decoder norms claim no latent for one model only."
+    text = wording.conclusion([method])[0]
+    assert "claims none as chat-only and none as base-only" in text
+    assert "runs from 0.50 to 0.72" in text
+    assert class_row(method, "chat-only").confirmed.text == "0"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "headline", "sentence"),
+    [
+        (
+            ["confirmed"],
+            "The one claimed model-specific latent survives Latent Scaling.",
+            "Latent Scaling confirms it.",
+        ),
+        (
+            ["latent decoupling"],
+            "The one claimed model-specific latent does not survive Latent Scaling.",
+            "Latent Scaling confirms none of them; 1 looks like latent decoupling.",
+        ),
+        (
+            ["confirmed"] * 2,
+            "2 of 2 claimed model-specific latents survive Latent Scaling.",
+            "confirms all 2.",
+        ),
+        (
+            ["shrinkage and decoupling"] * 2,
+            "None of 2 claimed model-specific latents survives Latent Scaling.",
+            "confirms none of them; 2 look like both.",
+        ),
+        (
+            ["", ""],
+            "Decoder norms claim 2 model-specific latents, none of them tested.",
+            "was not run on them",
+        ),
+    ],
+)
+def test_wording_of_small_numbers(verdicts, headline, sentence):
+    method = crosscoder_of(["chat-only"] * len(verdicts), verdicts)
+    assert wording.headline([method]) == headline
+    assert sentence in wording.conclusion([method])[0]
+
+
+def test_difference_sae_counts_latents_on_one_text():
+    # Latent 2 has fired on 5 tokens only: its shares say nothing.
+    shares = {"share_novel": [0.9, 0.2, 1.0, 0.85], "share_chat": [0.1, 0.8, 0.0, 0.15]}
+    files = files_of({**shares, "active_tokens": [100, 100, 5, 100]}, evaluation={"fve": 0.561})
+    method = content.build_method(files, 1)
+    assert method.is_difference
+    assert method.name == "Difference SAE"
+    assert method.concentrated == {"novel": 2, "chat": 0}
+    assert wording.conclusion([method]) == (
+        "Difference SAE: 4 latents explain 56.1 % of the variance of the difference between the models; "
+        "2 put more than 80 % of their activation on a single text (2 on novel).",
+    )
+    assert wording.headline([method]).startswith("No crosscoder")
+    row = method_rows([method])[0]
+    assert (row.claimed.text, row.explained.text) == ("n/a", "56.1 %")
+    assert "one decoder" in row.claimed.reason
+
+
+def test_numbers_that_were_not_evaluated_are_not_made_up():
+    row = method_rows([MIXED])[0]
+    assert (row.explained.text, row.mean_active.text) == ("n/a", "n/a")
+    assert "evaluate" in row.explained.reason
+    assert row.dead.text == "9.1 %"  # counted in the table: 1 of 11
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "name"),
+    [
+        ({"type": "BatchTopK", "k": 32.0}, "BatchTopK crosscoder"),
+        ({"type": "ReLU"}, "L1 crosscoder"),
+        (None, "Crosscoder"),
+    ],
+)
+def test_names_of_methods(sparsity, name):
+    assert content.method_name({"train": {"crosscoder": {"sparsity": sparsity}}}, is_difference=False) == name
+
+
+def test_equal_names_are_told_apart(tmp_path):
+    runs = [read_run(make_run(tmp_path / name, num_latents=40)) for name in ("seed-0", "seed-1")]
+    assert [m.name for m in content.build_methods(runs)] == [
+        "BatchTopK crosscoder (seed-0)",
+        "BatchTopK crosscoder (seed-1)",
+    ]
+    assert [m.name for m in content.build_methods(runs, ("one", "two"))] == ["one", "two"]
+
+
+def test_cutoffs_are_those_of_the_diff():
+    assert content.read_cutoffs({}) == content.Cutoffs()
+    stated = {"cutoffs": {"classes": {"chat_only_min": 0.85}, "max_nu_error": 0.3, "unknown": 1}}
+    assert content.read_cutoffs(stated) == content.Cutoffs(chat_only_min=0.85, max_nu_error=0.3)
+
+
+def test_cards_show_confirmed_latents_first_then_energy():
+    chat, base = card_groups(MIXED, LIMITS)
+    # Confirmed: 1 (energy 9), 0 (energy 1); then 2 (50), 5 (5).
+    assert [card.latent for card in chat.cards] == [1, 0, 2, 5]
+    assert [card.latent for card in base.cards] == [6]
+    assert (chat.hue, base.hue) == ("chat", "base")
+    assert chat.cards[0].snippets == ()
+
+
+def test_cards_without_claims_show_what_leans_that_way():
+    method = crosscoder_of(["other", "shared", "other", "other"], [""] * 4, delta_norm=[0.65, 0.5, 0.8, 0.3])
+    chat, base = card_groups(method, LIMITS)
+    assert [card.latent for card in chat.cards] == [2, 0]
+    assert [card.latent for card in base.cards] == [3]
+    assert "no evidence" in chat.rule
+
+
+def test_concentrated_latents_are_measured_against_the_usual_share():
+    # Everyone has 70 % on "big"; latent 1 has 75 % there, latent 3 has 60 % on "small": 3 stands out more.
+    big = [0.7, 0.75, 0.7, 0.4, 0.7]
+    method = content.build_method(
+        files_of({"share_big": big, "share_small": [1 - x for x in big], "energy": [5, 4, 3, 2, 1]}), 0
+    )
+    assert choose_concentrated(method, 2).tolist() == [3, 1]
+
+
+def snippet(**changes) -> dict:
+    """Make a snippet of six tokens with its peak on the fourth."""
+    made = {"tokens": ["a", " b", "\n", " whale", "!", "z"], "activations": [0, 1, 0, 4.0, -1, 9]}
+    return made | {"peak": 3, "value": 4.0, "document": 7, "position": 9, "label": "novel"} | changes
+
+
+def test_a_snippet_is_cut_around_its_peak():
+    made = build_snippet(snippet(), 8.0, LIMITS)
+    assert [(t.space, t.text) for t in made.tokens] == [(" ", "b"), ("", "⏎"), (" ", "whale"), ("", "!")]
+    assert [t.strength for t in made.tokens] == [0.125, 0, 0.5, 0]
+    assert [t.is_peak for t in made.tokens] == [False, False, True, False]
+    assert (made.is_cut_before, made.is_cut_after) == (True, True)
+    assert made.place == "document 7, position 9"
+
+
+def test_snippets_of_a_silent_latent_have_no_colour():
+    made = build_snippet(snippet(activations=[0.0] * 6), 0.0, CardLimits(1, 9, 9))
+    assert {t.strength for t in made.tokens} == {0.0}
+    assert (made.is_cut_before, made.is_cut_after) == (False, False)
+
+
+def test_top_tokens_are_different_ones_in_order():
+    assert top_tokens([snippet(), snippet(peak=4), snippet()]) == ("“whale”", "“!”")
+
+
+def test_what_was_compared(tmp_path):
+    method = content.build_method(read_run(make_run(tmp_path / "run")), 0)
+    before, after = comparison.compared_sources(method)
+    assert (before.name, before.model, before.revision) == ("before", "SmolLM2-135M-Instruct", "12fd25f")
+    assert (after.hook_point, after.width, after.revision) == ("blocks.15.resid_post", "576", "not recorded")
+    assert [(t.label, t.tokens.text) for t in comparison.text_shares(method)] == TOKENS_BY_TEXT
+    rows = {row.heading: row.values[0].text for row in comparison.recipe_rows([method])}
+    assert rows["Sparsity"] == "BatchTopK, k 32"
+    assert rows["Dead-latent loss"] == "AuxK, weight 0.03125"
+    assert (rows["Steps"], rows["Seed"]) == ("1,200", "0")
+    assert "Sparsity penalty" not in rows  # no run has one
+    tokens = {row.heading: row.values[0].text for row in comparison.token_rows([method])}
+    assert tokens == {"Held-out tokens analysed": "30,211", "Held-out share of documents": "20.0 %"}
+
+
+def test_models_named_by_the_summary_alone():
+    method = content.build_method(
+        files_of({"latent_class": ["shared"]}, summary={"models": {"base": "gpt2"}}), 0
+    )
+    assert comparison.compared_sources(method)[0].model == "gpt2"
+    assert comparison.compared_sources(MIXED) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runs": ()}, "names no run folder"),
+        ({"names": ("a", "b")}, "2 names for 1 runs"),
+        ({"num_cards": 0}, "num_cards=0 must be at least 1"),
+        ({"tokens_after": -1}, "tokens_after=-1 must not be negative"),
+    ],
+)
+def test_a_config_that_makes_no_report_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ReportConfig(**({"runs": (Path("run"),)} | changes))

@@ -1,0 +1,250 @@
+"""The page as a browser gets it: parsed, not searched, so that escaping is tested for what it does."""
+
+import base64
+import datetime
+import hashlib
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("plotly", reason="the report draws with plotly: install the extra 'report'")
+
+from test_report_files import HOSTILE, make_run
+
+from crosscoder_jax.report import ReportConfig, figures, plots, write_report
+from crosscoder_jax.report.content import Cutoffs, build_method
+from crosscoder_jax.report.files import read_run
+from crosscoder_jax.report.palette import METHOD_COLOURS, method_colour
+
+DAY = datetime.date(2026, 11, 21)
+
+
+class Page(HTMLParser):
+    """Collect elements, scripts and text of a page."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.scripts: list[tuple[dict, str]] = []
+        self.text = ""
+        self.is_code = False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.is_code = tag in ("script", "style")
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag):
+        self.is_code = False
+
+    def handle_data(self, data):
+        if self.is_code and self.elements[-1][0] == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif not self.is_code:
+            self.text += data
+
+    def named(self, tag: str) -> list[dict]:
+        """Give the attributes of every element with a name."""
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return make_run(folder / "crosscoder", hostile=HOSTILE), make_run(
+        folder / "difference", sources=("difference",)
+    )
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory) -> Page:
+    config = ReportConfig(runs=runs, title="A & B <i>changed</i>", names=(HOSTILE, "Difference SAE"))
+    path = write_report(config, tmp_path_factory.mktemp("out") / "report.html", today=DAY)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_hostile_text_stays_text(page):
+    # Three scripts of ours: the figures as data, plotly and the page's own; no image and no handler.
+    assert [attributes.get("type") for attributes, _ in page.scripts] == ["application/json", None, None]
+    assert page.named("img") == []
+    assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on")]
+    assert HOSTILE in page.text  # the token, whole and literal
+    assert "A & B <i>changed</i>" in page.text
+    assert "{{7*7}}" in page.text
+    assert "[U+202E]abc[U+200B]" in page.text
+    assert not set("\u202e\u200b") & set(page.text)
+
+
+def test_hostile_text_stays_text_inside_the_figures(page):
+    _, code = page.scripts[0]
+    assert not set("<>&") & set(code)
+    content = json.loads(code)
+    strings = [text for trace in content["scatter-0-chat-only"]["data"] for text in trace.get("text", [])]
+    assert any("&lt;/script&gt;" in text for text in strings)
+    # Of markup, plotly sees only our own.
+    assert all(part.split(">")[0] in ("b", "/b", "br") for text in strings for part in text.split("<")[1:])
+    names = [trace["name"] for trace in content["training-0"]["data"]]
+    assert all("<" not in name and "{" not in name for name in names)
+
+
+def test_nothing_is_fetched_and_only_our_scripts_may_run(page):
+    policy = next(
+        a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy.startswith("default-src 'none'")
+    for _, code in page.scripts[1:]:
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert not [a for _, a in page.elements if "src" in a]
+    assert [a["href"] for a in page.named("link")] == ["data:,"]
+    assert sum("Plotly.newPlot(" in code for _, code in page.scripts[2:]) == 1
+
+
+def test_every_figure_has_its_data_and_a_description(page):
+    content = json.loads(page.scripts[0][1])
+    holders = [a for a in page.named("div") if "data-figure" in a]
+    assert {a["data-figure"] for a in holders} == set(content)
+    assert all(a["role"] == "img" and len(a["aria-label"]) > 30 for a in holders)
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"][1:] for a in page.named("a") if a.get("href", "").startswith("#")} <= set(ids)
+
+
+def test_the_page_says_what_was_found_and_how_it_was_made(page):
+    for words in (
+        "claims 12 as chat-only and 3 as base-only",
+        "SmolLM2-135M-Instruct + LoRA on Moby-Dick",
+        "No snippets were kept for this latent",
+        "arXiv 2504.02922",
+        "Written on 2026-11-21",
+        "0123456789abcdef",
+        "BatchTopK, k 32",
+    ):
+        assert words in page.text
+
+
+def test_optional_parts_are_left_out_with_a_sentence(tmp_path):
+    run = make_run(tmp_path / "run", num_latents=60)
+    for name in ("metrics.jsonl", "evaluation.json", "diff/snippets.json"):
+        (run / name).unlink()
+    text = Page(write_report(ReportConfig(runs=(run,)), tmp_path).read_text(encoding="utf-8")).text
+    assert (tmp_path / "report.html").is_file()
+    for name in ("metrics.jsonl", "evaluation.json", "diff/snippets.json"):
+        assert f"has no {name}" in text
+    assert "As logged on training batches" not in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_chat": 0, "num_base": 0},
+        {"num_chat": 1, "num_base": 0},
+        {"sources": ("difference",)},
+        {"sparsity": {"type": "ReLU"}, "num_base": 9},
+    ],
+)
+def test_every_kind_of_run_makes_a_page(tmp_path, options):
+    run = make_run(tmp_path / "run", num_latents=60, **options)
+    path = write_report(ReportConfig(runs=(run,)), tmp_path / "deep" / "page.html")
+    assert "How to read this" in path.read_text(encoding="utf-8")
+
+
+def test_a_run_that_was_not_diffed_names_the_command(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "diff" / "latents.parquet").unlink()
+    with pytest.raises(
+        ValueError, match=f"latents.parquet is missing: make it with `crosscoder-jax diff {run}`"
+    ):
+        write_report(ReportConfig(runs=(run,)), tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_histogram_counts_every_latent_once_in_the_colour_of_its_class():
+    values = np.array([0.0, 0.05, 0.45, 0.5, 0.5, 0.7, 0.95, 1.0])
+    figure = figures.histogram(values, Cutoffs(), {"base-only": 2, "shared": 3, "chat-only": 2})
+    bar = figure["data"][0]
+    assert int(np.sum(bar.y)) == len(values)
+    colours = dict(zip(np.round(bar.x, 2), bar.marker.color, strict=True))
+    assert colours[0.01] == colours[0.09] == "#0072B2"
+    assert colours[0.41] == colours[0.59] == "#8a939e"
+    assert colours[0.91] == colours[0.99] == "#D55E00"
+    assert colours[0.39] == colours[0.11] == colours[0.89]
+    labels = [note.text for note in figure.layout.annotations]
+    assert labels == ["<b>base-only</b><br>2", "<b>shared</b><br>3", "<b>chat-only</b><br>2"]
+
+
+def test_a_single_latent_is_seen_on_the_log_axis():
+    low, high = figures.log_count_axis(1)["range"]
+    assert low < 0 < high  # log10(1) = 0 lies above the floor
+    assert figures.linear_count_axis(100)["range"][1] > 100
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (0.1, "base-only"),
+        (0.11, "other"),
+        (0.4, "shared"),
+        (0.6, "shared"),
+        (0.61, "other"),
+        (0.9, "chat-only"),
+    ],
+)
+def test_the_bounds_belong_to_their_class(value, name):
+    assert figures.class_of(value, Cutoffs()) == name
+
+
+def test_scatter_draws_95_percent_bars_and_the_confirmed_corner():
+    one = figures.ScatterPoints(np.array([0.1]), np.array([0.3]), np.array([0.05]), np.array([0.02]), ("x",))
+    none = figures.ScatterPoints(*[np.zeros(0)] * 4, hover=())
+    figure = figures.scatter({"confirmed": one}, none, none, Cutoffs())
+    trace = figure.data[-1]
+    assert (trace.x[0], trace.y[0]) == (0.3, 0.1)  # nu_recon across, nu_error up
+    bars = [trace.error_x.array[0], trace.error_y.array[0]]
+    np.testing.assert_allclose(bars, [1.959964 * 0.02, 1.959964 * 0.05])
+    corner = figure.layout.shapes[0]
+    assert (corner.x1, corner.y1) == (0.5, 0.2)
+
+
+def test_candidates_that_cannot_be_drawn_are_counted(tmp_path):
+    method = build_method(read_run(make_run(tmp_path / "run")), 0)
+    plot = plots.scatter_plot(method)
+    assert plot.note == "Not drawn: 1 candidate without a defined ratio (too little evidence)."
+    method.latents.columns["nu_error"][0] = 7.5
+    assert plots.scatter_plot(method).note.startswith(
+        "Not drawn: 1 candidate outside the frame and 1 candidate"
+    )
+    assert "12 chat-only candidates" in plot.description
+
+
+def test_training_panels_share_methods_and_drop_what_was_not_logged(runs):
+    methods = [build_method(read_run(run), slot) for slot, run in enumerate(runs)]
+    panels = plots.training_plots(methods)
+    assert [plot.title for plot in panels] == [
+        "Loss, log scale",
+        "Variance explained: before",
+        "Variance explained: after",
+        "Variance explained: difference",
+        "Active latents a token (L0)",
+        "Dead latents",
+    ]
+    assert [len(plot.figure.data) for plot in panels] == [2, 1, 1, 1, 2, 2]
+    assert panels[0].figure.data[1].line.color == method_colour(1)
+
+
+def test_long_curves_are_thinned_and_keep_their_ends(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [json.dumps({"step": step, "loss": 1.0 / step}) for step in range(1, 5_001)]
+    (run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    (panel,) = plots.training_plots([build_method(read_run(run), 0)])
+    steps = panel.figure.data[0].x
+    assert (len(steps), steps[0], steps[-1]) == (plots.MAX_CURVE_POINTS, 1, 5_000)
+
+
+def test_colours_begin_again_after_the_last():
+    assert method_colour(len(METHOD_COLOURS)) == method_colour(0)
