@@ -246,5 +246,18 @@ def test_long_curves_are_thinned_and_keep_their_ends(tmp_path):
     assert (len(steps), steps[0], steps[-1]) == (plots.MAX_CURVE_POINTS, 1, 5_000)
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([70.0, 950.0], [50, 100, 200, 500, 1_000]),
+        ([0.5, 900.0], [0.1, 1, 10, 100, 1_000]),  # 1, 2, 5 would be too many
+        ([1e-9, 1.0], [1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]),
+        ([0.0, -3.0], [1]),  # nothing that a log axis can show
+    ],
+)
+def test_log_ticks_are_few_and_round(values, ticks):
+    np.testing.assert_allclose(figures.log_ticks(values, most=10 if len(ticks) == 10 else 6), ticks)
+
+
 def test_colours_begin_again_after_the_last():
     assert method_colour(len(METHOD_COLOURS)) == method_colour(0)

@@ -208,10 +208,30 @@ def training_panel(panel: Panel) -> go.Figure:
     return figure
 
 
+def log_ticks(values: Sequence[float], *, most: int = 6) -> list[float]:
+    """Give few round ticks that span positive values: 1, 2 and 5 of each decade, or the decades alone.
+
+    >>> log_ticks([70.0, 950.0])
+    [50.0, 100.0, 200.0, 500.0, 1000.0]
+    """
+    positive = [value for value in values if value > 0]
+    if not positive:
+        return [1.0]
+    low, high = int(np.floor(np.log10(min(positive)))), int(np.ceil(np.log10(max(positive))))
+    fine = [digit * 10.0**k for k in range(low, high + 1) for digit in (1, 2, 5)]
+    below = max((tick for tick in fine if tick <= min(positive)), default=fine[0])
+    above = min((tick for tick in fine if tick >= max(positive)), default=fine[-1])
+    spanning = [tick for tick in fine if below <= tick <= above]
+    if len(spanning) <= most:
+        return spanning
+    return [10.0**k for k in range(low, high + 1, max(1, (high - low) // (most - 1)))]
+
+
 def _panel_axis(panel: Panel) -> dict[str, Any]:
     values = [v for curve in panel.curves for v in curve.values if np.isfinite(v)]
     if panel.unit == "log":
-        return {"type": "log", "dtick": "D1", "tickformat": "~g", "exponentformat": "power"}
+        ticks = log_ticks(values)
+        return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,g}" for tick in ticks]}
     if panel.unit == "share":
         is_small = panel.title.startswith("Dead")
         top = max(0.01, 1.15 * max(values, default=0)) if is_small else 1.0
