@@ -4,14 +4,19 @@ import copy
 import json
 
 import pytest
-from activations_cases import SOURCES, corpus, write_store
+from activations_cases import SOURCES, copied_store, corpus, write_store
 
 from crosscoder_jax.activations.manifest import Manifest, StoredSource, StoreError, describe_differences
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("written") / "store", corpus())
+
+
 @pytest.fixture
-def store(tmp_path):
-    return write_store(tmp_path / "store", corpus())
+def store(written, tmp_path):
+    return copied_store(written, tmp_path / "store")
 
 
 def edited(store, **changes):

@@ -8,9 +8,9 @@ from crosscoder_jax.activations import Split
 from crosscoder_jax.activations import split as split_module
 
 
-@pytest.fixture
-def store(tmp_path):
-    return write_store(tmp_path / "store", corpus())
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("written") / "store", corpus())
 
 
 def expected_ranges(wanted):

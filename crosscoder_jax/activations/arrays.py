@@ -27,6 +27,7 @@ _UNFINISHED_SUFFIX = ".__lock"
 _REASONS = (
     ("Digest mismatch", "its checksum is wrong: the file was damaged after it was written"),
     ("Not enough data", "it is truncated"),
+    ("Unexpected end of input", "it is truncated"),
     ("is missing", "it is missing"),
     ("No space left", os.strerror(errno.ENOSPC)),
 )
@@ -246,6 +247,8 @@ class AppendedArray:
                 raise StoreError(f"{file}: {tokens} could not be written: {_reason(error)}") from error
 
     def _resize(self, num_tokens: int, *, is_metadata_only: bool) -> None:
+        if num_tokens == self._array.shape[0]:
+            return
         shape = [num_tokens, *self.spec.row_shape]
         try:
             future = self._array.resize(exclusive_max=shape, resize_metadata_only=is_metadata_only)
