@@ -99,7 +99,7 @@ def _message(turn: Any, source: TextSource) -> dict[str, str]:
         return {"role": _ROLES.get(str(turn["from"]), str(turn["from"])), "content": str(turn["value"] or "")}
     raise ValueError(
         f"text {source.label!r}: a turn of a conversation must have role and content, or from and value; "
-        f"got {str(turn)[:80]!r}"
+        f"got {repr(turn)[:80]}"
     )
 
 

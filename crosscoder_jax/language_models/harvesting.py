@@ -45,7 +45,8 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> Manifest
 
     Args:
         config: Models, layers, texts and what is kept.
-        progress: Told the tokens kept so far.
+        progress: Told the ``models`` loaded, then the ``tokens`` kept so far; the total falls to what there
+            is when the texts end first.
 
     Returns:
         The manifest of the finished store.
@@ -64,7 +65,7 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> Manifest
         config=_fingerprint(config, plan),
     )
     with writer, _bars_off():
-        return writer.manifest if writer.is_finished else _Harvest(config, plan, writer).run(progress)
+        return writer.manifest if writer.is_finished else _Harvest(config, plan, writer, progress).run()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +121,7 @@ def _planned(model: str, facts: ModelFacts, layer: int, *, is_single: bool) -> _
 
 def _fingerprint(config: HarvestConfig, plan: _Plan) -> dict[str, Any]:
     """What must be equal for a store to be completed: the config, the exact models and the exact texts."""
-    fields = dataclasses.asdict(config)
-    for name in _NOT_IN_FINGERPRINT:
-        del fields[name]
+    fields = _without(dataclasses.asdict(config), *_NOT_IN_FINGERPRINT)
     for text, source in zip(fields["texts"], config.texts, strict=True):
         text["content"] = text_fingerprint(source)
     if config.chat_template is not None:
@@ -135,11 +134,11 @@ def _fingerprint(config: HarvestConfig, plan: _Plan) -> dict[str, Any]:
 class _Harvest:
     """The run: models and texts opened at the writer's cursor, batch after batch until enough is kept."""
 
-    def __init__(self, config: HarvestConfig, plan: _Plan, writer: StoreWriter):
-        self.config, self.plan, self.writer = config, plan, writer
+    def __init__(self, config: HarvestConfig, plan: _Plan, writer: StoreWriter, progress: Progress | None):
+        self.config, self.plan, self.writer, self.progress = config, plan, writer, progress
         self.device = config.device or default_device()
         self.tokenizer, self.template = _load_tokenizers(config, plan)
-        self.models = _load_models(config, plan, self.device)
+        self.models = _load_models(config, plan, self.device, progress)
         state = writer.cursor or {"texts": None, "kept": 0, "outliers": 0, "limits": None}
         self.kept, self.outliers = state["kept"], state["outliers"]
         self.limits: OutlierLimits | None = state["limits"]
@@ -156,15 +155,14 @@ class _Harvest:
             cursor=cursor,
         )
 
-    def run(self, progress: Progress | None) -> Manifest:
+    def run(self) -> Manifest:
         """Append batches and checkpoints until ``max_tokens`` are kept or the texts end."""
         if self.config.outlier_multiple is not None and self.limits is None:
             self.limits = self._calibrate(self.config.outlier_multiple)
         total, checkpointed = self.config.max_tokens, self.kept
         for batch in self._batches(self.stream):
             self._append(batch)
-            if progress is not None:
-                progress(self.kept, total, "tokens")
+            self._report(total)
             if self.kept >= total:
                 break
             if self.kept - checkpointed >= self.config.checkpoint_tokens:
@@ -172,9 +170,13 @@ class _Harvest:
                 checkpointed = self.kept
         if not self.kept:
             raise ValueError(self._nothing_kept())
-        if progress is not None and self.kept < total:
-            progress(self.kept, self.kept, "tokens")
+        if self.kept < total:
+            self._report(self.kept)
         return self.writer.finish(provenance=self._provenance(), vocabulary=vocabulary_bytes(self.tokenizer))
+
+    def _report(self, total: int) -> None:
+        if self.progress is not None:
+            self.progress(self.kept, total, "tokens")
 
     def _batches(self, stream: WindowStream) -> Iterator[Kept]:
         """Run both models on one batch after the other; rows of padding and first positions are gone."""
@@ -257,7 +259,7 @@ class _Harvest:
         }
         return {
             "writer": "crosscoder_jax harvest",
-            "config": dataclasses.asdict(self.config),
+            "config": _without(dataclasses.asdict(self.config), "store"),
             "models": {name: _describe(facts) for name, facts in self.plan.facts.items()},
             "hook_points": {source.stored.name: source.stored.hook_point for source in self.plan.sources},
             "model_dtype": self.config.model_dtype,
@@ -271,6 +273,10 @@ class _Harvest:
             },
             "versions": {lib.__name__: str(lib.__version__) for lib in (transformers, torch, datasets)},
         }
+
+
+def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def _describe(facts: ModelFacts) -> dict[str, Any]:
@@ -294,16 +300,20 @@ def _load_tokenizers(config: HarvestConfig, plan: _Plan) -> tuple[Any, str | Non
     return chat, template
 
 
-def _load_models(config: HarvestConfig, plan: _Plan, device: str) -> dict[str, Any]:
+def _load_models(
+    config: HarvestConfig, plan: _Plan, device: str, progress: Progress | None
+) -> dict[str, Any]:
     """Load both models, one only where they are the same, and check that their layers can be read."""
     models: dict[str, Any] = {}
     for name, facts in plan.facts.items():
+        if progress is not None:
+            progress(len(models), len(plan.facts), "models")
         is_same = name == "chat" and facts == plan.facts["base"]
-        models[name] = (
-            models["base"] if is_same else load_model(facts, dtype=config.model_dtype, device=device)
-        )
-    for name, model in models.items():
+        model = models["base"] if is_same else load_model(facts, dtype=config.model_dtype, device=device)
         check_capture(model, plan.layers(name))
+        models[name] = model
+    if progress is not None:
+        progress(len(models), len(models), "models")
     return models
 
 

@@ -3,14 +3,16 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
+from transformers.utils.hub import cached_file
 
 from crosscoder_jax.language_models.config import ModelReference
 
@@ -50,15 +52,12 @@ def read_facts(reference: ModelReference) -> ModelFacts:
     """
     _check_reference(reference)
     with quiet(), _model_errors(reference):
-        config = transformers.AutoConfig.from_pretrained(reference.location, **_where(reference))
+        revision = _local_revision(reference) if reference.is_local else _hub_revision(reference)
+        pinned = ModelFacts(reference, revision, 0, 0, None).pinned()
+        config = transformers.AutoConfig.from_pretrained(pinned.location, **_where(pinned))
     text = config.get_text_config()
-    return ModelFacts(
-        reference,
-        _revision(reference, config),
-        text.num_hidden_layers,
-        text.hidden_size,
-        getattr(text, "max_position_embeddings", None),
-    )
+    positions = getattr(text, "max_position_embeddings", None)
+    return ModelFacts(reference, revision, text.num_hidden_layers, text.hidden_size, positions)
 
 
 def load_model(facts: ModelFacts, *, dtype: str, device: str) -> nn.Module:
@@ -70,14 +69,25 @@ def load_model(facts: ModelFacts, *, dtype: str, device: str) -> nn.Module:
         device: Torch device such as ``cpu`` or ``cuda:0``.
 
     Raises:
-        ValueError: when the weights cannot be loaded, naming the model.
+        ValueError: when the weights cannot be loaded or some are missing, naming the model.
     """
     where = _where(facts.pinned())
     with quiet(), _model_errors(facts.reference):
-        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            facts.reference.location, dtype=getattr(torch, dtype), **where
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            facts.reference.location, dtype=getattr(torch, dtype), output_loading_info=True, **where
         )
+        model, info = loaded
+        _check_complete(model, info["missing_keys"])
     return model.to(device).eval()
+
+
+def _check_complete(model: Any, missing: Collection[str]) -> None:
+    """Refuse weights that the library would leave at random; the head alone is never used."""
+    head = model.get_output_embeddings()
+    unused = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    unused_names = {name for name, parameter in model.named_parameters() if id(parameter) in unused}
+    if wanting := sorted(set(missing) - unused_names):
+        raise ValueError(f"{len(wanting)} of its weights are not in its files, such as {wanting[0]}")
 
 
 def load_tokenizer(reference: ModelReference) -> Any:
@@ -137,13 +147,21 @@ def _check_reference(reference: ModelReference) -> None:
         raise ValueError(f"model {reference}: there is no file {reference.gguf_file} in {folder}")
 
 
-def _revision(reference: ModelReference, config: Any) -> str:
-    if not reference.is_local:
-        return getattr(config, "_commit_hash", None) or reference.revision or UNKNOWN_REVISION
+def _local_revision(reference: ModelReference) -> str:
     folder = Path(reference.location)
     if reference.gguf_file is not None:
         return sha256_of_files([folder / reference.gguf_file])
     return sha256_of_files([path for path in folder.iterdir() if path.suffix in _IDENTITY_SUFFIXES])
+
+
+def _hub_revision(reference: ModelReference) -> str:
+    """Find the commit from where the hub's cache keeps a file: ``.../snapshots/<commit>/<file>``."""
+    file = reference.gguf_file or "config.json"
+    path = cached_file(reference.location, file, revision=reference.revision)
+    parts = Path(path or "").parts
+    if "snapshots" in parts:
+        return parts[parts.index("snapshots") + 1]
+    return reference.revision or UNKNOWN_REVISION
 
 
 @contextlib.contextmanager
@@ -151,7 +169,7 @@ def _model_errors(reference: ModelReference) -> Iterator[None]:
     """Say in one line which model could not be loaded, with the first line of the library's own words."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"model {reference} cannot be loaded: {reason} (name a hub id, a local folder or a .gguf file)"
