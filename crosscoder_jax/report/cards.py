@@ -94,13 +94,14 @@ def choose_exclusive(method: Method, latent_class: str, number: int) -> np.ndarr
 
 
 def choose_leaning(method: Method, latent_class: str, number: int) -> np.ndarray:
-    """Choose live rows nearest to a class that nothing reached, beyond the shared band."""
+    """Choose live rows nearest to a class that nothing reached, those with snippets before others."""
     delta = method.latents.numbers("delta_norm")
     is_live = method.latents.words("latent_class") == "other"
     is_chat = latent_class == "chat-only"
     is_side = delta > method.cutoffs.shared_max if is_chat else delta < method.cutoffs.shared_min
     rows = np.flatnonzero(is_live & is_side)
-    return rows[np.argsort(-delta[rows] if is_chat else delta[rows], kind="stable")][:number]
+    extremity = -delta[rows] if is_chat else delta[rows]
+    return rows[np.lexsort((extremity, ~_has_snippets(method)[rows]))][:number]
 
 
 def choose_strongest(method: Method, number: int) -> np.ndarray:
