@@ -1,0 +1,286 @@
+"""The command line: parse a config, call the room that does it, show the result.
+
+Harvest, train, calibrate, evaluate, diff, report: in this order they lead from two language models
+to a page of evidence. Every mistake of the user is one line on standard error.
+"""
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from crosscoder_jax.activations.atomic import read_json, write_bytes_atomically, write_json_atomically
+from crosscoder_jax.commands import Calibrate, Diff, Encode, Evaluate, Report, Train
+from crosscoder_jax.configs import config_from_json, config_to_json
+from crosscoder_jax.language_models import HarvestConfig, TextSource
+from crosscoder_jax.terminal import print_table, progress_bar
+
+_EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
+
+
+def harvest(config: HarvestConfig) -> None:
+    """Run two models on the same text and store their activations."""
+    from crosscoder_jax.language_models import harvest as run_harvest
+
+    _save_command(config, Path(config.store).with_name(Path(config.store).name + ".command.json"))
+    with progress_bar("harvest") as progress:
+        manifest = run_harvest(config, progress)
+    rows = [
+        (source.name, source.model, source.hook_point, f"{source.width}", f"{statistics.mean_norm:.1f}")
+        for source, statistics in zip(manifest.sources, manifest.statistics.values(), strict=True)
+    ]
+    print_table(
+        f"{config.store}: {manifest.num_tokens:,} tokens of {manifest.num_documents:,} documents",
+        ("source", "model", "hook point", "width", "mean norm"),
+        rows,
+    )
+
+
+def train(config: Train) -> None:
+    """Train a crosscoder on a store; run it again to go on where it stopped."""
+    from crosscoder_jax.activations.store import ActivationStore
+    from crosscoder_jax.sharding import make_mesh
+    from crosscoder_jax.training.loop import RunOptions, fit
+    from crosscoder_jax.training.tracking import TensorBoardTracker
+
+    store = ActivationStore.open(config.store)
+    recipe = config.recipe(store.sources)
+    mesh = None
+    if config.data_shards * config.latent_shards > 1:
+        mesh = make_mesh(config.data_shards, config.latent_shards)
+    options = RunOptions(config.split(), config.window_tokens, config.log_every, config.checkpoint_every)
+    trackers = [TensorBoardTracker(config.output / "tensorboard")] if config.tensorboard else []
+    with progress_bar("train") as progress:
+        fit(recipe, store, config.output, options=options, mesh=mesh, trackers=trackers, progress=progress)
+    _save_command(config, config.output / "train.command.json")
+    Console().print(f"crosscoder: {config.output / 'crosscoder'}")
+
+
+def evaluate(config: Evaluate) -> None:
+    """Measure a run's crosscoder on its held-out tokens."""
+    from crosscoder_jax.training.evaluate import evaluate as measure
+    from crosscoder_jax.training.runs import Run
+
+    run = Run.open(config.run, config.store)
+    with progress_bar("evaluate") as progress:
+        metrics = measure(run.crosscoder(), run.held_out(), batch_size=config.batch_size, progress=progress)
+    write_json_atomically(config.run / "evaluation.json", {"split": "held-out", **metrics})
+    _save_command(config, config.run / "evaluate.command.json")
+    print_table(
+        f"{config.run}: held-out tokens", ("metric", "value"), [(n, f"{v:,.4g}") for n, v in metrics.items()]
+    )
+
+
+def calibrate(config: Calibrate) -> None:
+    """Set the inference threshold so that the mean L0 over the held-out tokens is k."""
+    from crosscoder_jax.training.evaluate import calibrate as find_threshold
+    from crosscoder_jax.training.runs import Run
+
+    run = Run.open(config.run, config.store)
+    before, view = run.crosscoder(), run.held_out()
+    with progress_bar("calibrate") as progress:
+        after = find_threshold(before, view, batch_size=config.batch_size, progress=progress)
+    run.replace_crosscoder(after, calibrated_on_tokens=view.num_tokens)
+    _save_command(config, config.run / "calibrate.command.json")
+    Console().print(f"threshold: {float(before.threshold[...]):.6g} -> {float(after.threshold[...]):.6g}")
+
+
+def diff(config: Diff) -> None:
+    """Write decoder norms, classes and Latent Scaling of every latent as one table."""
+    from crosscoder_jax.diffing.diff import DiffConfig, diff_run, write_diff
+    from crosscoder_jax.training.runs import Run
+
+    run = Run.open(config.run, config.store)
+    settings = DiffConfig(batch_size=config.batch_size, num_snippet_latents=config.num_snippet_latents)
+    with progress_bar("diff") as progress:
+        result = diff_run(run.crosscoder(), run.held_out(), settings, progress)
+    write_diff(result, config.run / "diff")
+    _save_command(config, config.run / "diff.command.json")
+    Console().print(f"table: {config.run / 'diff' / 'latents.parquet'}")
+
+
+def report(config: Report) -> None:
+    """Write one self-contained HTML page about one or several diffed runs."""
+    from crosscoder_jax.report import write_report
+
+    path = write_report(config.content, config.output)
+    _save_command(config, path.with_suffix(".command.json"))
+    Console().print(f"report: {path}")
+
+
+def encode(config: Encode) -> None:
+    """Encode an array of raw activations with any saved crosscoder."""
+    import io
+
+    from crosscoder_jax.interop.arrays import encode_array
+    from crosscoder_jax.interop.published import load, load_provenance
+    from crosscoder_jax.sources import Sources
+
+    crosscoder = load(config.crosscoder)
+    recorded = load_provenance(config.crosscoder).get("stored_sources")
+    stored = None if recorded is None else config_from_json(Sources, recorded, where="stored_sources")
+    acts = _read_array(config.acts)
+    encoded = encode_array(crosscoder, acts, stored=stored, batch_size=config.batch_size)
+    buffer = io.BytesIO()
+    np.savez(buffer, indices=encoded.indices, values=encoded.values, recon=encoded.recon)
+    write_bytes_atomically(config.output, buffer.getvalue())
+    Console().print(f"{len(acts):,} tokens, at most {encoded.indices.shape[1]} active: {config.output}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    config: type
+    run: Callable[[Any], None]
+
+
+COMMANDS = {
+    "harvest": _Command(HarvestConfig, harvest),
+    "train": _Command(Train, train),
+    "calibrate": _Command(Calibrate, calibrate),
+    "evaluate": _Command(Evaluate, evaluate),
+    "diff": _Command(Diff, diff),
+    "report": _Command(Report, report),
+    "encode": _Command(Encode, encode),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exits with 2 for wrong usage and 1 for any other mistake of the user."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        Console(soft_wrap=True).print(_overview(), highlight=False, markup=False)
+        return
+    name, options = given[0], given[1:]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
+        _fail(f"no command {name!r}: {hint}", 2)
+    command = COMMANDS[name]
+    try:
+        command.run(parse(name, options))
+    except KeyboardInterrupt:
+        _fail("interrupted: the same command goes on from what is saved", 130)
+    except _EXPECTED_ERRORS as error:
+        _fail(str(error) or type(error).__name__, 1)
+
+
+def parse(name: str, options: Sequence[str]) -> Any:
+    """Return a command's config from its options and, with ``--config FILE``, from a saved one.
+
+    Options override the file.
+
+    Raises:
+        ValueError: if the file is not a config of this command, naming the field.
+    """
+    config_class = COMMANDS[name].config
+    options, file = _take_config_file(options)
+    _refuse_typos(config_class, options)
+    default: dict[str, Any] = {}
+    if file is not None:
+        default["default"] = config_from_json(config_class, read_json(file), where=str(file))
+    return tyro.cli(
+        config_class,
+        prog=f"crosscoder-jax {name}",
+        description=f"{COMMANDS[name].run.__doc__}\n\n--config FILE reads the options of an earlier run.",
+        args=list(options),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        registry=_REGISTRY,
+        **default,
+    )
+
+
+def _take_config_file(options: Sequence[str]) -> tuple[list[str], Path | None]:
+    rest, file = [], None
+    waiting = iter(options)
+    for option in waiting:
+        if option == "--config":
+            file = next(waiting, None)
+            if file is None:
+                raise ValueError("--config needs the name of a file")
+        elif option.startswith("--config="):
+            file = option.removeprefix("--config=")
+        else:
+            rest.append(option)
+    return rest, None if file is None else Path(file)
+
+
+def _refuse_typos(config_class: type, options: Sequence[str]) -> None:
+    known = ["help", *_option_names(config_class)]
+    for option in options:
+        name = option.removeprefix("--").split("=")[0].replace("_", "-")
+        if option.startswith("--") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean --{close[0]}?" if close else "see --help"
+            raise ValueError(f"no option --{name}: {hint}")
+
+
+def _option_names(config_class: type) -> list[str]:
+    hints = typing.get_type_hints(config_class)
+    names = []
+    for field in dataclasses.fields(config_class):
+        nested = hints[field.name]
+        is_nested = isinstance(nested, type) and dataclasses.is_dataclass(nested)
+        names += _option_names(nested) if is_nested else [field.name.replace("_", "-")]
+    return names
+
+
+def _save_command(config: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(path, config_to_json(config))
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: is not a whole .npy file of numbers ({error})") from error
+
+
+def _overview() -> str:
+    lines = [
+        f"  {name:<10} {(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            "usage: crosscoder-jax COMMAND [options]",
+            "",
+            "Which concepts belong to one of two language models only? In this order:",
+            "",
+            *lines,
+            "",
+            "crosscoder-jax COMMAND --help tells the options of a command.",
+        ]
+    )
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {_one_line(message)}", highlight=False)
+    raise SystemExit(code)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split()).replace("[", r"\[")
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _text_source(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Read a text as ``label=location``."""
+    if info.type is not TextSource:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="LABEL=LOCATION",
+        instance_from_str=lambda args: TextSource.parse(args[0]),
+        is_instance=lambda instance: isinstance(instance, TextSource),
+        str_from_instance=lambda text: [f"{text.label}={text.location}"],
+    )

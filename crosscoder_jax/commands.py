@@ -1,0 +1,178 @@
+"""What each command of the command line reads: one frozen dataclass each, and the function it calls.
+
+A command's fields are its options, its docstrings their help. Every command writes itself as
+``<name>.command.json`` beside its result; ``--config FILE`` reads that back.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from crosscoder_jax.activations.split import Split
+from crosscoder_jax.crosscoder import CrosscoderConfig
+from crosscoder_jax.objectives import AuxK, ErrorNorm, L1OfNorms, SquaredError
+from crosscoder_jax.report import ReportConfig
+from crosscoder_jax.sources import Sources, difference
+from crosscoder_jax.sparsity import BatchTopK, ReLU
+from crosscoder_jax.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a crosscoder on a store; run it again to go on where it stopped."""
+
+    store: Path
+    """Folder that `harvest` wrote."""
+    output: Path
+    """Folder of the run."""
+    reads: Literal["all", "difference"] = "all"
+    """"all" stored sources (a crosscoder), or the "difference" of two: chat - base (a difference SAE)."""
+    num_latents: int = 16_384
+    """Size of the dictionary."""
+    k: float = 100.0
+    """Mean number of active latents per token (BatchTopK)."""
+    l1: float | None = None
+    """Weight of the L1-of-norms penalty: trains a ReLU crosscoder in place of BatchTopK."""
+    num_steps: int = 10_000
+    """Optimiser steps."""
+    batch_size: int = 2048
+    """Tokens per step, over all devices."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.2
+    """Last share of the steps over which the learning rate falls to zero."""
+    loss: Literal["norm", "squared"] = "norm"
+    """Reconstruction loss: the error's norm (what published runs minimised) or its square."""
+    aux_k_weight: float = 1 / 32
+    """Weight of the loss that revives dead latents; 0 trains without."""
+    dead_after_tokens: int = 10_000_000
+    """Tokens without firing after which a latent is dead."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrix products are computed in; weights and moments stay float32."""
+    is_centred: bool = True
+    """Subtract each source's mean."""
+    is_scaled: bool = True
+    """Scale each source to E||x|| = sqrt(width)."""
+    seed: int = 0
+    """Of the initial directions and of the order of the data."""
+    held_out: float = 0.1
+    """Share of the documents that training does not see."""
+    window_tokens: int = 1 << 17
+    """Tokens shuffled together; memory holds two windows."""
+    log_every: int = 10
+    """Steps between logged metrics."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    data_shards: int = 1
+    """Devices that share a batch."""
+    latent_shards: int = 1
+    """Devices that share the latents."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run."""
+
+    def recipe(self, stored: Sources) -> TrainConfig:
+        """Return the training recipe for a store's sources.
+
+        Raises:
+            ValueError: if the difference is asked for and there are not two sources.
+        """
+        aux_k = AuxK(self.aux_k_weight, dead_after_tokens=self.dead_after_tokens)
+        return TrainConfig(
+            crosscoder=CrosscoderConfig(
+                sources=self.sources(stored),
+                num_latents=self.num_latents,
+                sparsity=BatchTopK(self.k) if self.l1 is None else ReLU(),
+                dtype=self.dtype,
+            ),
+            num_steps=self.num_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            decay_fraction=self.decay_fraction,
+            loss=ErrorNorm() if self.loss == "norm" else SquaredError(),
+            l1=None if self.l1 is None else L1OfNorms(self.l1, warmup_steps=self.warmup_steps),
+            aux_k=aux_k if self.aux_k_weight else None,
+            is_centred=self.is_centred,
+            is_scaled=self.is_scaled,
+            seed=self.seed,
+        )
+
+    def sources(self, stored: Sources) -> Sources:
+        """Return what the crosscoder reads of a store."""
+        if self.reads == "all":
+            return stored
+        if len(stored) != 2:
+            raise ValueError(
+                f"reads='difference' needs two stored sources, the store has {stored.names}: "
+                "harvest one layer of two models"
+            )
+        before, after = stored.entries
+        return Sources((difference(after, before),))
+
+    def split(self) -> Split:
+        """Return which documents are held out."""
+        return Split(self.held_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure a run's crosscoder on its held-out tokens; writes evaluation.json into the run."""
+
+    run: Path
+    """Folder that `train` wrote."""
+    store: Path | None = None
+    """Another store of the same models; the one trained on by default."""
+    batch_size: int = 1024
+    """Tokens per step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Set the inference threshold so that the mean L0 over the held-out tokens is k."""
+
+    run: Path
+    """Folder that `train` wrote."""
+    store: Path | None = None
+    """Another store of the same models; the one trained on by default."""
+    batch_size: int = 1024
+    """Tokens per step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff:
+    """Decoder norms, classes and Latent Scaling of every latent on held-out tokens, as one table."""
+
+    run: Path
+    """Folder that `train` wrote; the table goes to its folder `diff`."""
+    store: Path | None = None
+    """Another store of the same models; the one trained on by default."""
+    batch_size: int = 1024
+    """Tokens per step."""
+    num_snippet_latents: int = 24
+    """Latents whose strongest text snippets are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Encode an array of raw activations with any saved crosscoder."""
+
+    crosscoder: Path
+    """Folder with `crosscoder.safetensors` and `config.json`."""
+    acts: Path
+    """A .npy file of raw activations, [token, source, width] or [token, width]."""
+    output: Path
+    """The .npz file to write: indices, values (padded per token) and recon."""
+    batch_size: int = 1024
+    """Tokens encoded at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write one self-contained HTML page about one or several diffed runs."""
+
+    content: ReportConfig
+    """Which runs, and how much of each."""
+    output: Path = Path("report.html")
+    """The file to write."""
