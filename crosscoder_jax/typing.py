@@ -3,7 +3,7 @@
 Axis words, in this order everywhere: ``batch``, ``source``, ``width``, ``latent``, ``token``, ``k``.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -26,6 +26,7 @@ Count = Int[Array, ""]
 PRNGKey = Key[Array, ""]
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Told how far a long-running function has come; shows it or not."""
 

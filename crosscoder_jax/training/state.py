@@ -1,6 +1,8 @@
 """What a training run carries from step to step."""
 
 import dataclasses
+import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,9 @@ TOKENS_CAP = 2**30
 """Counters of tokens without firing stop here, so that int32 never overflows."""
 
 
+# JAX rebuilds the state with leaves that are no arrays (shapes, shardings, NumPy arrays), which
+# runtime type checkers would refuse.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -47,7 +52,10 @@ class TrainState:
         return self.threshold_sum / jnp.where(self.threshold_weight > 0, self.threshold_weight, 1.0)
 
     def crosscoder(self) -> Crosscoder:
-        """Return the crosscoder as it stands, with the running threshold."""
+        """Return the crosscoder as it stands, with the running threshold.
+
+        It shares the state's arrays: use it before the next step, which donates them.
+        """
         crosscoder = nnx.merge(self.graphdef, self.params, self.fixed, copy=True)
         crosscoder.threshold[...] = self.threshold
         return crosscoder
@@ -75,29 +83,34 @@ def init_state(
     scale = np.ones(num_sources, np.float32) if scale is None else np.asarray(scale, np.float32)
     b_dec = np.zeros(width, np.float32) if b_dec is None else np.asarray(b_dec, np.float32)
 
-    @jax.jit
-    def make(key: Array, mean: Array, scale: Array, b_dec: Array) -> TrainState:
-        init_key, step_key = jax.random.split(key)
-        crosscoder = Crosscoder(
-            config.crosscoder,
-            key=init_key,
-            decoder_norm=config.decoder_norm,
-            mean=mean,
-            scale=scale,
-            shardings=shardings,
-        )
-        crosscoder.b_dec[...] = b_dec
-        graphdef, params, fixed = nnx.split(crosscoder, nnx.Param, ...)
-        return TrainState(
-            step=jnp.int32(0),
-            params=params,
-            fixed=fixed,
-            opt_state=make_optimizer(config).init(params),
-            threshold_sum=jnp.float32(0),
-            threshold_weight=jnp.float32(0),
-            tokens_since_fired=jnp.zeros_like(crosscoder.b_enc[...], dtype=jnp.int32),
-            key=step_key,
-            graphdef=graphdef,
-        )
+    # One compilation serves every seed.
+    unseeded = dataclasses.replace(config, seed=0)
+    return _make_state(jax.random.key(config.seed), mean, scale, b_dec, config=unseeded, shardings=shardings)
 
-    return make(jax.random.key(config.seed), mean, scale, b_dec)
+
+@functools.partial(jax.jit, static_argnames=("config", "shardings"))
+def _make_state(
+    key: Array, mean: Array, scale: Array, b_dec: Array, *, config: TrainConfig, shardings: Shardings
+) -> TrainState:
+    init_key, step_key = jax.random.split(key)
+    crosscoder = Crosscoder(
+        config.crosscoder,
+        key=init_key,
+        decoder_norm=config.decoder_norm,
+        mean=mean,
+        scale=scale,
+        shardings=shardings,
+    )
+    crosscoder.b_dec[...] = b_dec
+    graphdef, params, fixed = nnx.split(crosscoder, nnx.Param, ...)
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        fixed=fixed,
+        opt_state=make_optimizer(config).init(params),
+        threshold_sum=jnp.float32(0),
+        threshold_weight=jnp.float32(0),
+        tokens_since_fired=jnp.zeros_like(crosscoder.b_enc[...], dtype=jnp.int32),
+        key=step_key,
+        graphdef=graphdef,
+    )

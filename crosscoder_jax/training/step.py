@@ -37,7 +37,7 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
 
     Returns:
         The next state and scalar metrics of this batch before the update. ``is_finite/<tensor>``
-        are False where the batch, the loss or a gradient held a NaN or an infinity.
+        are False where the batch, the loss, a gradient or an updated weight holds a NaN or an infinity.
 
     Examples:
         >>> import crosscoder_jax as cc
@@ -61,14 +61,16 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
     (loss, forward), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
-    smallest = jnp.where(jnp.isfinite(forward.smallest_score), forward.smallest_score, 0.0)
+    threshold_sum, threshold_weight = _running_threshold(
+        state, forward.smallest_score, config.threshold_decay
+    )
     next_state = dataclasses.replace(
         state,
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        threshold_sum=_decay(state.threshold_sum, smallest, config.threshold_decay),
-        threshold_weight=_decay(state.threshold_weight, 1.0, config.threshold_decay),
+        threshold_sum=threshold_sum,
+        threshold_weight=threshold_weight,
         tokens_since_fired=forward.tokens_since_fired,
     )
     return next_state, _train_metrics(next_state, config, acts, loss, forward, grads)
@@ -115,8 +117,15 @@ def _count_silence(since_fired: Array, sparse: SparseCode, num_tokens: int) -> A
     return jnp.where(fired_counts(sparse.code) > 0, 0, silent)
 
 
-def _decay(total: Scalar, value: Scalar | float, decay: float) -> Scalar:
-    return decay * total + (1 - decay) * value
+def _running_threshold(state: TrainState, smallest: Scalar, decay: float) -> tuple[Scalar, Scalar]:
+    # A batch that keeps nothing has no smallest score and says nothing about the threshold.
+    is_known = jnp.isfinite(smallest)
+    total = decay * state.threshold_sum + (1 - decay) * smallest
+    weight = decay * state.threshold_weight + (1 - decay)
+    return (
+        jnp.where(is_known, total, state.threshold_sum),
+        jnp.where(is_known, weight, state.threshold_weight),
+    )
 
 
 def _train_metrics(
@@ -124,6 +133,11 @@ def _train_metrics(
 ) -> Metrics:
     grad_norms = {
         str(path[0]): jnp.sqrt(jnp.sum(jnp.square(grad[...]))) for path, grad in nnx.to_flat_state(grads)
+    }
+    # The next step would notice, but by then a checkpoint may hold them.
+    finite_weights = {
+        f"is_finite/{path[0]} after the update": jnp.all(jnp.isfinite(value[...]))
+        for path, value in nnx.to_flat_state(state.params)
     }
     dead_after = config.aux_k.dead_after_tokens if config.aux_k else 10_000_000
     return {
@@ -138,6 +152,7 @@ def _train_metrics(
         "is_finite/batch": jnp.isfinite(jnp.sum(forward.sums.energy)),
         "is_finite/loss": jnp.isfinite(loss),
         **{f"is_finite/gradient of {name}": jnp.isfinite(norm) for name, norm in grad_norms.items()},
+        **finite_weights,
     }
 
 

@@ -4,11 +4,12 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, runtime_checkable
 
 from crosscoder_jax.activations.atomic import write_bytes_atomically
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Receives the metrics of logged steps; W&B or any other service is one such class."""
 
