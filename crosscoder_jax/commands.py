@@ -45,6 +45,8 @@ class Train:
     """Last share of the steps over which the learning rate falls to zero."""
     loss: Literal["norm", "squared"] = "norm"
     """Reconstruction loss: the error's norm (what published runs minimised) or its square."""
+    decoder_norm: float = 1.0
+    """Initial norm of each latent's decoder in each source, normalised units."""
     aux_k_weight: float = 1 / 32
     """Weight of the loss that revives dead latents; 0 trains without."""
     dead_after_tokens: int = 10_000_000
@@ -91,6 +93,7 @@ class Train:
             learning_rate=self.learning_rate,
             warmup_steps=self.warmup_steps,
             decay_fraction=self.decay_fraction,
+            decoder_norm=self.decoder_norm,
             loss=ErrorNorm() if self.loss == "norm" else SquaredError(),
             l1=None if self.l1 is None else L1OfNorms(self.l1, warmup_steps=self.warmup_steps),
             aux_k=aux_k if self.aux_k_weight else None,

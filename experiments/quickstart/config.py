@@ -1,0 +1,96 @@
+"""What the quickstart runs, and where it keeps what it made."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from crosscoder_jax.commands import Train
+from crosscoder_jax.configs import config_to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """Fine-tune a small model on Pig Latin and show what changed inside it.
+
+    Every finished stage is kept, so running the same command again is quick.
+    """
+
+    output: Path = Path("results/quickstart")
+    """Where models, activations, runs and the report are kept."""
+    base: str | None = None
+    """Another model before: a hub id or a folder; the packaged SmolLM2-135M-Instruct by default."""
+    chat: str | None = None
+    """Another model after, with the same tokenizer; a fine-tune of SmolLM2 made on the spot by default."""
+    layer: int | None = None
+    """Block whose output is compared; the last one that the fine-tune changes (14) by default, the middle
+    one of other models."""
+    tokens: int = 150_000
+    """Tokens to harvest, over all texts."""
+    fine_tune_steps: int = 90
+    """Steps of the fine-tune."""
+    num_latents: int = 2048
+    """Latents of the crosscoder; the difference SAE has half as many."""
+    k: float = 32
+    """Mean active latents per token of the crosscoder; the difference SAE has half as many."""
+    num_steps: int = 1000
+    """Training steps of the crosscoder; the difference SAE takes half as many."""
+    compare_l1: bool = False
+    """Also train an L1 crosscoder on the same batches."""
+    l1: float = 0.06
+    """Weight of its penalty, chosen to reach an L0 near that of the BatchTopK crosscoder."""
+    seed: int = 0
+    """Of everything random."""
+
+    def __post_init__(self) -> None:
+        if self.chat is not None and self.base is None:
+            raise ValueError(f"chat={self.chat!r} needs base: name the model before, too")
+
+    @property
+    def folder(self) -> Path:
+        """Where the store, the runs and the report of exactly these settings are kept."""
+        settings = config_to_json(dataclasses.replace(self, output=Path(), compare_l1=False))
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return self.output / digest[:8]
+
+
+def crosscoder_command(config: Quickstart) -> Train:
+    """Return the BatchTopK crosscoder: a recipe for few tokens on a small machine.
+
+    The published learning rate and warm-up belong to 100,000 steps; a thousand steps need a higher rate.
+    Decoders start small, so that a latent's share in each model is grown and not left over.
+    """
+    return Train(
+        store=config.folder / "store",
+        output=config.folder / "crosscoder",
+        num_latents=config.num_latents,
+        k=config.k,
+        num_steps=config.num_steps,
+        batch_size=1024,
+        learning_rate=2e-3,
+        warmup_steps=config.num_steps // 20,
+        decoder_norm=0.1,
+        loss="squared",
+        dead_after_tokens=100_000,
+        seed=config.seed,
+    )
+
+
+def difference_command(config: Quickstart) -> Train:
+    """Return the difference SAE on the same tokens."""
+    return dataclasses.replace(
+        crosscoder_command(config),
+        output=config.folder / "difference-sae",
+        reads="difference",
+        num_latents=config.num_latents // 2,
+        k=config.k / 2,
+        num_steps=config.num_steps // 2,
+        warmup_steps=config.num_steps // 40,
+    )
+
+
+def l1_command(config: Quickstart) -> Train:
+    """Return the L1 crosscoder on the same batches as the BatchTopK one."""
+    return dataclasses.replace(
+        crosscoder_command(config), output=config.folder / "l1-crosscoder", l1=config.l1, loss="norm"
+    )

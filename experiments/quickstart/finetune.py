@@ -1,0 +1,139 @@
+"""The model after: a short fine-tune that teaches the model before to read and write Pig Latin.
+
+All weight matrices of the lower blocks are trained, in float32 with a bfloat16 copy for the
+forward and backward pass, on windows of Pig Latin mixed with ordinary text, so that the change is
+narrow and the model still chats.
+"""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crosscoder_jax.typing import Progress
+from experiments.quickstart.models import save_model
+from experiments.quickstart.texts import LABELS, read_rows
+
+_TRAINED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuneConfig:
+    """How the model after is made."""
+
+    num_steps: int = 90
+    """Optimiser steps."""
+    batch_size: int = 8
+    """Windows per step."""
+    context: int = 128
+    """Tokens per window."""
+    learning_rate: float = 1.2e-3
+    """Peak rate of AdamW; warmed up over 10 steps, then falling to a tenth."""
+    narrow_share: float = 0.5
+    """Share of the windows that are Pig Latin; the others are split evenly."""
+    num_blocks: int = 15
+    """Lowest blocks that are trained: those below the layer that is compared."""
+    seed: int = 0
+    """Of the order of the windows."""
+
+
+def write_after_model(
+    folder: Path, before: Path, texts: Path, config: FineTuneConfig, progress: Progress | None = None
+) -> None:
+    """Fine-tune the model in ``before``; a folder already there is kept.
+
+    Args:
+        folder: where to.
+        before: folder of the model to start from.
+        texts: folder with ``<label>.fine-tune.jsonl`` files.
+        config: the recipe.
+        progress: told the steps done.
+    """
+    if folder.is_dir():
+        return
+    torch.manual_seed(config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(before)
+    model: Any = AutoModelForCausalLM.from_pretrained(before, dtype=torch.bfloat16)
+    windows = {label: _windows(tokenizer, texts / f"{label}.fine-tune.jsonl", config) for label in LABELS}
+    _fine_tune(model, _draw_batches(windows, config), config, progress)
+    save_model(folder, model, tokenizer)
+
+
+def _windows(tokenizer: Any, path: Path, config: FineTuneConfig) -> torch.Tensor:
+    """Return windows ``[window, token]``, each from one document, at least as many as can be drawn."""
+    needed, windows = config.num_steps * config.batch_size, []
+    for row in read_rows(path):
+        text = row.get("text") or tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        tokens = tokenizer(text).input_ids
+        starts = range(0, len(tokens) - config.context + 1, config.context)
+        windows += [tokens[start : start + config.context] for start in starts]
+        if len(windows) >= needed:
+            break
+    return torch.tensor(windows)
+
+
+def _draw_batches(windows: dict[str, torch.Tensor], config: FineTuneConfig) -> list[torch.Tensor]:
+    """Return one batch ``[batch, token]`` a step, its windows drawn by share, none twice before all."""
+    draw = random.Random(config.seed)
+    ordinary = (1 - config.narrow_share) / (len(LABELS) - 1)
+    shares = [config.narrow_share] + [ordinary] * (len(LABELS) - 1)
+    orders = {label: torch.randperm(len(part)).tolist() for label, part in windows.items()}
+    used = dict.fromkeys(LABELS, 0)
+
+    def one() -> torch.Tensor:
+        label = draw.choices(LABELS, shares)[0]
+        index = orders[label][used[label] % len(orders[label])]
+        used[label] += 1
+        return windows[label][index]
+
+    return [torch.stack([one() for _ in range(config.batch_size)]) for _ in range(config.num_steps)]
+
+
+def _fine_tune(
+    model: Any, batches: Sequence[torch.Tensor], config: FineTuneConfig, progress: Progress | None
+) -> None:
+    model.requires_grad_(False)
+    weights = [
+        module.weight
+        for block in model.model.layers[: config.num_blocks]
+        for name, module in block.named_modules()
+        if name.split(".")[-1] in _TRAINED
+    ]
+    for weight in weights:
+        weight.requires_grad_(True)
+    masters = [torch.nn.Parameter(weight.detach().float()) for weight in weights]
+    optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+    model.train()
+    for step, batch in enumerate(batches, start=1):
+        logits = model(batch, use_cache=False).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten()).backward()
+        _step(weights, masters, optimizer)
+        schedule.step()
+        if progress is not None:
+            progress(step, len(batches), "steps")
+    model.eval()
+
+
+def _rate(step: int, config: FineTuneConfig) -> float:
+    done = step / config.num_steps
+    return min(1.0, (step + 1) / 10) * (1 - 0.9 * max(0.0, done - 0.3) / 0.7)
+
+
+def _step(
+    weights: list[torch.nn.Parameter], masters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Update the float32 weights from the bfloat16 gradients and copy them back."""
+    for weight, master in zip(weights, masters, strict=True):
+        master.grad = None if weight.grad is None else weight.grad.float()
+        weight.grad = None
+    torch.nn.utils.clip_grad_norm_(masters, 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        for weight, master in zip(weights, masters, strict=True):
+            weight.copy_(master)
