@@ -44,6 +44,8 @@ def config_from_json(cls: type[T], data: Any, *, where: str = "config") -> T:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     given = {name: value for name, value in data.items() if name != "type"}
+    if data.get("type", cls.__name__) != cls.__name__:
+        raise ValueError(f"{where}.type={data['type']!r} must be {cls.__name__!r}")
     for name in given:
         if name not in fields:
             raise ValueError(f"{where} has no field {name!r}{_nearest(name, fields)}")

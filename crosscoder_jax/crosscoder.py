@@ -73,6 +73,9 @@ class Crosscoder(nnx.Module):
         scale: what each source's centred activations are multiplied by; one if not given.
         shardings: where the tensors live; give the layout of the mesh that is set.
 
+    Raises:
+        ValueError: if the mean or the scale does not fit the sources.
+
     The initial encoder is the transposed decoder, and sources of one width start from the same
     directions, so that no latent begins as belonging to one source.
 
@@ -100,6 +103,8 @@ class Crosscoder(nnx.Module):
         shardings: Shardings = Shardings(),
     ) -> None:
         sources = config.sources
+        _check_shape("mean", mean, (sources.width,))
+        _check_shape("scale", scale, (len(sources),))
         w_dec = initial_decoder(config, key=key, decoder_norm=decoder_norm, shardings=shardings)
         zeros = jnp.zeros((config.num_latents,), jnp.float32, out_sharding=shardings.per_latent_l)
         self.config = nnx.static(config)
@@ -177,6 +182,11 @@ class Crosscoder(nnx.Module):
         )
 
 
+def _check_shape(name: str, value: Array | np.ndarray | None, expected: tuple[int, ...]) -> None:
+    if value is not None and value.shape != expected:
+        raise ValueError(f"{name} has shape {value.shape}, but the sources need {expected}")
+
+
 def initial_decoder(
     config: CrosscoderConfig, *, key: PRNGKey, decoder_norm: float, shardings: Shardings
 ) -> DecoderWeights:
@@ -196,19 +206,21 @@ def fold_normalization(crosscoder: Crosscoder) -> Crosscoder:
     Scores of the folded crosscoder are its activations as they are: each latent's code is
     multiplied by its score weight and its decoder divided by it, so that one scalar threshold
     stays exact although the sources were scaled differently. Reconstructions are equal; codes are
-    ``code * score_weights`` of the original.
+    ``code * score_weights`` of the original. The folded crosscoder computes in float32, because raw
+    activations, whose means can be far larger than what varies, do not survive bfloat16.
     """
     weights = crosscoder.score_weights()
     # A latent with zero decoders reconstructs nothing: its weight is 0 and it must stay silent.
     safe = jnp.where(weights > 0, weights, 1.0)
     scale = crosscoder.config.sources.per_source(crosscoder.scale[...])
     w_enc = crosscoder.w_enc[...] * scale[:, None]
-    b_enc = crosscoder.b_enc[...] - crosscoder._matmul(
-        (crosscoder.mean[...] * scale)[None], crosscoder.w_enc[...], None
-    ).reshape(-1)
+    shift = jnp.matmul(crosscoder.mean[...] * scale, crosscoder.w_enc[...], precision=lax.Precision.HIGHEST)
+    b_enc = crosscoder.b_enc[...] - shift
     w_dec, b_dec = crosscoder.raw_decoder()
-    config = dataclasses.replace(crosscoder.config, code_norm=Unweighted())
-    folded = nnx.eval_shape(lambda: Crosscoder(config, key=jax.random.key(0)))
+    config = dataclasses.replace(crosscoder.config, code_norm=Unweighted(), dtype="float32")
+    folded = nnx.eval_shape(
+        lambda: Crosscoder(config, key=jax.random.key(0), shardings=crosscoder.shardings)
+    )
     folded.w_enc = nnx.Param(w_enc * weights)
     folded.b_enc = nnx.Param(b_enc * weights)
     folded.w_dec = nnx.Param(w_dec / safe[:, None])

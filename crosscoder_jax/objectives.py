@@ -111,7 +111,7 @@ class AuxK:
             residual: what is left after reconstruction, normalised units; detached here.
             is_dead: the latents that may take part; only they get a gradient.
         """
-        k_aux = self.k_aux or max(crosscoder.config.sources.widths) // 2
+        k_aux = self.k_aux or max(max(crosscoder.config.sources.widths) // 2, 1)
         residual = lax.stop_gradient(residual)
         num_dead = jnp.sum(is_dead, dtype=jnp.int32)
 

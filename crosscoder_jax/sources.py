@@ -17,7 +17,7 @@ class Source:
     """One model at one layer, or a linear combination of such.
 
     Raises:
-        ValueError: if ``width`` is not positive or the combination is empty.
+        ValueError: if ``width`` is not positive, or the combination is empty or names a source twice.
     """
 
     name: str
@@ -34,6 +34,12 @@ class Source:
             raise ValueError(f"width={self.width} of source {self.name!r} must be positive")
         if self.combination is not None and not self.combination:
             raise ValueError(f"combination=() of source {self.name!r} must name at least one stored source")
+        names = [name for name, _ in self.combination or ()]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                f"combination={self.combination} of source {self.name!r} names a stored source twice: "
+                "add its coefficients up"
+            )
 
 
 def difference(after: Source, before: Source, *, name: str = "difference") -> Source:
@@ -130,7 +136,7 @@ class Sources:
     def derive(
         self, stored_acts: Float[Array, "*lead stored_width"], stored: "Sources"
     ) -> Float[Array, "*lead width"]:
-        """Compute these sources from the stored ones.
+        """Compute these sources from the stored ones; combinations in float32.
 
         Args:
             stored_acts: raw activations of the stored sources, concatenated.
@@ -207,7 +213,10 @@ def safe_norm(rows: Float[Array, "latent width"]) -> Float[Array, "latent"]:
 
 
 def _combine(row: list[tuple[int, float]], parts: tuple[Array, ...]) -> Array:
-    terms = [parts[i] if coefficient == 1.0 else coefficient * parts[i] for i, coefficient in row]
+    if len(row) == 1 and row[0][1] == 1.0:
+        return parts[row[0][0]]
+    # Sources that are close to each other, as two related models are, differ by less than bf16 resolves.
+    terms = [jnp.float32(coefficient) * parts[i].astype(jnp.float32) for i, coefficient in row]
     return jax.tree.reduce(jnp.add, terms)
 
 

@@ -4,6 +4,7 @@ The folder is self-contained: weights, normaliser, inference threshold, k, sourc
 they came from. Loading reads tensors and plain data only; nothing in a file is executed.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from crosscoder_jax.activations.atomic import read_json, write_bytes_atomically, write_json_atomically
+from crosscoder_jax.activations.atomic import as_read_back, read_json, write_bytes_atomically, write_json_atomically
 from crosscoder_jax.configs import config_from_json, config_to_json
 from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig
 
@@ -28,7 +29,8 @@ def save(crosscoder: Crosscoder, folder: str | Path, *, provenance: Mapping[str,
 
     Weights are saved in the units they are in, with the normaliser beside them; save
     ``fold_normalization(crosscoder)`` for weights in raw activation units. Each of the two files is
-    replaced as a whole.
+    replaced as a whole, and ``config.json``, written last, names the weights it belongs to, so that
+    :func:`load` refuses what a save that was stopped between the two leaves behind.
 
     Args:
         crosscoder: what to save; everything in float32.
@@ -37,17 +39,23 @@ def save(crosscoder: Crosscoder, folder: str | Path, *, provenance: Mapping[str,
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: if the provenance is not plain data; nothing is then written.
+        OSError: if a file cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.array(getattr(crosscoder, name)[...], np.float32) for name in _TENSORS}
     document = {
         "format": "crosscoder_jax",
         "format_version": FORMAT_VERSION,
         "crosscoder": config_to_json(crosscoder.config),
-        "provenance": dict(provenance or {}),
+        "provenance": as_read_back(dict(provenance or {})),
     }
-    write_bytes_atomically(folder / "crosscoder.safetensors", serialize(tensors))
+    data = serialize(tensors)
+    document["weights_sha256"] = hashlib.sha256(data).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomically(folder / "crosscoder.safetensors", data)
     write_json_atomically(folder / "config.json", document)
     return folder
 
@@ -56,8 +64,8 @@ def load(folder: str | Path) -> Crosscoder:
     """Read a crosscoder written by :func:`save`.
 
     Raises:
-        ValueError: naming the file and what is wrong with it: not ours, truncated, a tensor missing
-            or of another shape than the config says.
+        ValueError: naming the file and what is wrong with it: not ours, truncated, not the weights
+            that ``config.json`` was written for, a tensor missing or of another shape.
 
     Examples:
         >>> import tempfile, crosscoder_jax as cc
@@ -69,12 +77,13 @@ def load(folder: str | Path) -> Crosscoder:
         True
     """
     folder = Path(folder)
+    document = _read_document(folder)
     config = config_from_json(
-        CrosscoderConfig, _read_document(folder)["crosscoder"], where=f"{folder / 'config.json'}: crosscoder"
+        CrosscoderConfig, document["crosscoder"], where=f"{folder / 'config.json'}: crosscoder"
     )
     crosscoder = nnx.eval_shape(lambda: Crosscoder(config, key=jax.random.key(0)))
     path = folder / "crosscoder.safetensors"
-    tensors = _read_tensors(path)
+    tensors = _read_tensors(path, document["weights_sha256"])
     for name in _TENSORS:
         variable = getattr(crosscoder, name)
         if name not in tensors:
@@ -105,14 +114,25 @@ def _read_document(folder: Path) -> dict[str, Any]:
             f"{path}: has format_version {document.get('format_version')!r}, this release reads "
             f"{FORMAT_VERSION}: update crosscoder-jax"
         )
+    for name in ("crosscoder", "weights_sha256"):
+        if name not in document:
+            raise ValueError(f"{path}: has no {name!r}: save the crosscoder again")
     return document
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+def _read_tensors(path: Path, sha256: str) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"{path}: is missing: save the crosscoder again")
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"{path}: is not a whole safetensors file ({error}): copy it again") from error
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(
+            f"{path}: holds other weights than config.json beside it was written for (a save that was "
+            "stopped, or files of two crosscoders): save or copy both again"
+        )
+    return tensors

@@ -1,6 +1,7 @@
 """BatchTopK: keep the k * batch largest scores of a whole batch."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +33,17 @@ class BatchTopK:
     """Steps over which k goes linearly from ``initial_k`` to ``k``."""
 
     def __post_init__(self) -> None:
-        if not self.k > 0:
-            raise ValueError(f"k={self.k} must be positive")
+        if not 0 < self.k < math.inf:
+            raise ValueError(f"k={self.k} must be positive and finite")
         if (self.initial_k is None) != (self.anneal_steps == 0):
             raise ValueError(
                 f"initial_k={self.initial_k} and anneal_steps={self.anneal_steps} go together: "
                 "give both or neither"
             )
-        if self.initial_k is not None and not self.initial_k > 0:
-            raise ValueError(f"initial_k={self.initial_k} must be positive")
+        if self.initial_k is not None and not 0 < self.initial_k < math.inf:
+            raise ValueError(f"initial_k={self.initial_k} must be positive and finite")
+        if self.anneal_steps < 0:
+            raise ValueError(f"anneal_steps={self.anneal_steps} must not be negative")
 
     def k_at(self, step: Int[Array, ""] | int | None) -> Scalar:
         """Return k at a training step; ``None`` stands for the end of training."""
@@ -48,6 +51,12 @@ class BatchTopK:
             return jnp.float32(self.k)
         progress = jnp.clip(jnp.asarray(step, jnp.float32) / self.anneal_steps, 0.0, 1.0)
         return self.initial_k + (self.k - self.initial_k) * progress
+
+    def _count(self, step: Int[Array, ""] | int | None, batch_size: int) -> Int[Array, ""]:
+        # Without annealing the product is taken in double precision: float32 counts stop at 2^24.
+        if self.initial_k is None or step is None:
+            return jnp.int32(round(self.k * batch_size))
+        return jnp.round(self.k_at(step) * batch_size).astype(jnp.int32)
 
     def __call__(
         self,
@@ -73,6 +82,6 @@ class BatchTopK:
         """
         acts = jax.nn.relu(pre_acts)
         scores = lax.stop_gradient(acts.astype(jnp.float32) * score_weights)
-        count = jnp.round(self.k_at(step) * pre_acts.shape[0]).astype(jnp.int32)
+        count = self._count(step, pre_acts.shape[0])
         cut = top_scores_cut(scores, count, guess=guess)
         return SparseCode(jnp.where(scores >= cut, acts, jnp.zeros_like(acts)), cut)

@@ -19,6 +19,8 @@ from crosscoder_jax.typing import Latents, Mask, PerLatent, Scalar
 SMALLEST_SCORE = float(jnp.finfo(jnp.float32).tiny)
 """Scores below the smallest normal float32 count as zero: hardware may flush them."""
 
+_MOST_SCORES = 2**31 - 1
+
 
 class SparseCode(NamedTuple):
     """What a sparsity makes of pre-activations."""
@@ -61,7 +63,23 @@ def top_scores_cut(
 
     Returns:
         The cut, float32; ``inf`` if ``count`` is 0 or no score is positive.
+
+    Raises:
+        ValueError: if there are more scores than an int32 can count.
     """
+    if scores.size > _MOST_SCORES:
+        raise ValueError(
+            f"scores.size={scores.size} cannot be counted in int32: use a smaller batch, "
+            f"at most {_MOST_SCORES} scores"
+        )
+    found = _search(scores, count, jnp.float32(0) if guess is None else guess.astype(jnp.float32))
+    kept = scores >= _from_ordered(found.low)
+    cut = jnp.min(jnp.where(kept, scores, jnp.inf))
+    return jnp.where(count > 0, cut, jnp.inf)
+
+
+def _search(scores: Float[Array, "*shape"], count: Int[Array, ""], first: Scalar) -> "_Bracket":
+    """Narrow a bracket until its lower cut keeps what the ``count``-th largest score would keep."""
     positive = _count_reaching(scores, jnp.float32(SMALLEST_SCORE))
     count = jnp.minimum(count.astype(jnp.int32), positive)
     bracket = _Bracket(
@@ -71,16 +89,12 @@ def top_scores_cut(
         count_high=jnp.int32(0),
         passes=jnp.int32(0),
     )
-    first = jnp.float32(0) if guess is None else guess.astype(jnp.float32)
 
     def narrow(bracket: _Bracket) -> _Bracket:
         cut = _propose(bracket, count, first)
         return bracket.split_at(cut, _count_reaching(scores, _from_ordered(cut)), count)
 
-    found = lax.while_loop(lambda bracket: bracket.is_open(count), narrow, bracket)
-    kept = scores >= _from_ordered(found.low)
-    cut = jnp.min(jnp.where(kept, scores, jnp.inf))
-    return jnp.where(count > 0, cut, jnp.inf)
+    return lax.while_loop(lambda bracket: bracket.is_open(count), narrow, bracket)
 
 
 def top_scores_per_row(scores: Latents, count: Int[Array, ""]) -> Mask:

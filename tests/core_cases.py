@@ -1,0 +1,79 @@
+"""What the tests of the core modules share: small crosscoders, meshes, golden weights and HLO."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import crosscoder_jax as cc
+
+MESHES = [(1, 8), (8, 1), (2, 4)]
+"""(data, latent) shards of the eight devices."""
+PARAMETERS = ("w_enc", "b_enc", "w_dec", "b_dec")
+VARIABLES = (*PARAMETERS, "mean", "scale", "threshold")
+
+
+def two_sources(base=3, chat=3):
+    return cc.Sources((cc.Source("base", base), cc.Source("chat", chat)))
+
+
+def config(sources=None, num_latents=16, **changes):
+    return cc.CrosscoderConfig(sources or two_sources(), num_latents=num_latents, **changes)
+
+
+def random_crosscoder(seed=0, *, shardings=None, threshold=0.0, **changes):
+    """A crosscoder in which nothing is zero, one or tied."""
+    the_config = config(**changes)
+    rng = np.random.default_rng(seed)
+    crosscoder = cc.Crosscoder(
+        the_config,
+        key=jax.random.key(seed),
+        mean=rng.normal(size=the_config.sources.width).astype(np.float32),
+        scale=rng.uniform(0.2, 3, size=len(the_config.sources)).astype(np.float32),
+        shardings=shardings or cc.Shardings(),
+    )
+    for name in PARAMETERS:
+        old = getattr(crosscoder, name)
+        new = rng.normal(size=old.shape).astype(np.float32)
+        setattr(crosscoder, name, nnx.Param(jax.device_put(new, jax.typeof(old[...]).sharding)))
+    crosscoder.threshold[...] = jnp.float32(threshold)
+    return crosscoder
+
+
+def arrays(crosscoder):
+    """All variables as float64 NumPy arrays, for oracles."""
+    return {name: np.asarray(getattr(crosscoder, name)[...], np.float64) for name in VARIABLES}
+
+
+def golden(kind, **changes):
+    """A crosscoder with golden weights, and the arrays of the file."""
+    with np.load(Path(__file__).parent / "golden" / "forward.npz") as file:
+        data = {name: file[name] for name in file.files}
+    sources = two_sources(32, 32)
+    crosscoder = cc.Crosscoder(config(sources, 256, **changes), key=jax.random.key(0))
+    # Their axes are (model, width, latent) and (model, latent, width).
+    w_enc, w_dec = data[f"{kind}/W_enc"], data[f"{kind}/W_dec"]
+    crosscoder.w_enc = nnx.Param(jnp.asarray(np.concatenate(list(w_enc), axis=0)))
+    crosscoder.w_dec = nnx.Param(jnp.asarray(np.concatenate(list(w_dec), axis=1)))
+    crosscoder.b_enc = nnx.Param(jnp.asarray(data[f"{kind}/b_enc"]))
+    crosscoder.b_dec = nnx.Param(jnp.asarray(data[f"{kind}/b_dec"].reshape(-1)))
+    if f"{kind}/threshold" in data:
+        crosscoder.threshold[...] = jnp.asarray(data[f"{kind}/threshold"])
+    return crosscoder, data, jnp.asarray(data["X"].reshape(-1, 64), jnp.float32)
+
+
+def collectives(hlo):
+    """(operation, result shapes) of every collective in an HLO text."""
+    names = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+    found = re.findall(rf"= (\(.*?\)|\S+) ({names})(?:-start)?\(", hlo)
+    return [(name, re.findall(r"\w+\[([\d,]*)\]", shape)) for shape, name in found]
+
+
+def assert_only_scalars_are_reduced(hlo):
+    found = collectives(hlo)
+    assert found, "nothing crosses the devices: the computation is not sharded"
+    assert {name for name, _ in found} == {"all-reduce"}
+    assert {shape for _, shapes in found for shape in shapes} == {""}

@@ -1,0 +1,74 @@
+"""Meshes and layouts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import P
+from jax.sharding import AxisType
+
+from crosscoder_jax.sharding import Shardings, check_divisible, make_mesh
+
+
+def test_a_mesh_is_explicit_with_data_before_latent():
+    mesh = make_mesh(2, 4)
+    assert mesh.axis_names == ("data", "latent")
+    assert mesh.devices.shape == (2, 4)
+    assert set(mesh.axis_types) == {AxisType.Explicit}
+
+
+def test_a_mesh_may_leave_devices_idle():
+    assert make_mesh(1, 3).devices.ravel().tolist() == jax.devices()[:3]
+
+
+@pytest.mark.parametrize(("data", "latent"), [(3, 3), (0, 1), (1, -1)])
+def test_a_mesh_that_the_devices_do_not_fill_is_refused(data, latent):
+    with pytest.raises(ValueError, match=rf"data={data} x latent={latent} needs .* there are 8"):
+        make_mesh(data, latent)
+
+
+def test_without_a_mesh_nothing_is_constrained():
+    assert Shardings.for_mesh(None) == Shardings()
+    assert all(value is None for value in dataclasses.asdict(Shardings()).values())
+
+
+def test_with_a_mesh_every_tensor_has_a_place_that_its_letters_name():
+    # b is spread over data, l over latent, every other axis is whole on each device.
+    axes = {"b": "data", "l": "latent"}
+    layout = Shardings.for_mesh(make_mesh(2, 4))
+    for field in dataclasses.fields(layout):
+        letters = "" if field.name == "replicated" else field.name.rsplit("_", 1)[1]
+        assert getattr(layout, field.name) == P(*(axes.get(letter) for letter in letters)), field.name
+
+
+def test_layouts_work_for_meshes_with_other_axis_names():
+    assert Shardings.data_latent("rows", "columns").code_bl == P("rows", "columns")
+
+
+def test_arrays_made_with_a_layout_are_spread_over_the_devices():
+    mesh = make_mesh(2, 4)
+    with jax.set_mesh(mesh):
+        code = jnp.zeros((4, 8), out_sharding=Shardings.for_mesh(mesh).code_bl)
+    assert {shard.data.shape for shard in code.addressable_shards} == {(2, 2)}
+
+
+@pytest.mark.parametrize(("value", "fits"), [(1001, "use 1000 or 1004"), (7, "use 4 or 8"), (3, "use 4")])
+def test_sizes_that_do_not_spread_evenly_are_refused_with_the_nearest_that_do(value, fits):
+    with pytest.raises(ValueError, match=rf"num_latents={value} .* 'latent' mesh axis \(size 4\): {fits}$"):
+        check_divisible("num_latents", value, make_mesh(2, 4), "latent")
+
+
+@pytest.mark.parametrize("value", [4, 1000])
+def test_sizes_that_spread_evenly_are_accepted(value):
+    check_divisible("num_latents", value, make_mesh(2, 4), "latent")
+
+
+def test_any_size_fits_without_a_mesh():
+    check_divisible("num_latents", 7, None, "latent")
+
+
+def test_each_axis_has_its_own_size():
+    check_divisible("batch_size", 6, make_mesh(2, 4), "data")
+    with pytest.raises(ValueError, match="batch_size=6"):
+        check_divisible("batch_size", 6, make_mesh(4, 2), "data")

@@ -1,0 +1,163 @@
+"""Sources: the concatenated axis, derived sources and the way back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crosscoder_jax.sources import Source, Sources, difference, safe_norm
+
+BASE, CHAT, WIDE = Source("base", 2), Source("chat", 2), Source("wide", 3)
+
+
+def test_views_of_the_concatenated_axis_follow_the_order_of_the_sources():
+    sources = Sources((BASE, WIDE, CHAT))
+    assert len(sources) == 3
+    assert [entry.name for entry in sources] == ["base", "wide", "chat"]
+    assert sources.names == ("base", "wide", "chat")
+    assert sources.widths == (2, 3, 2)
+    assert sources.width == 7
+    assert sources.offsets == (0, 2, 5)
+    parts = sources.split(np.arange(14).reshape(2, 7))
+    np.testing.assert_array_equal(parts[0], [[0, 1], [7, 8]])
+    np.testing.assert_array_equal(parts[1], [[2, 3, 4], [9, 10, 11]])
+    np.testing.assert_array_equal(parts[2], [[5, 6], [12, 13]])
+
+
+def test_split_keeps_the_kind_of_array_and_any_leading_axes():
+    sources = Sources((BASE, WIDE))
+    assert isinstance(sources.split(np.zeros((4, 1, 5)))[1], np.ndarray)
+    assert sources.split(np.zeros((4, 1, 5)))[1].shape == (4, 1, 3)
+    assert isinstance(sources.split(jnp.zeros(5))[0], jax.Array)
+
+
+def test_split_refuses_another_width():
+    with pytest.raises(ValueError, match=r"length 6.*'base': 2, 'wide': 3.*5 together"):
+        Sources((BASE, WIDE)).split(np.zeros((1, 6)))
+
+
+def test_norms_are_per_source_and_latent():
+    w_dec = jnp.array([[3.0, 4.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 2.0, 2.0]])
+    np.testing.assert_array_equal(Sources((BASE, WIDE)).norms(w_dec), [[5.0, 0.0], [0.0, 3.0]])
+
+
+def test_gradient_of_a_zero_norm_is_zero_not_nan():
+    gradient = jax.grad(lambda rows: safe_norm(rows).sum())(jnp.array([[0.0, 0.0], [3.0, 4.0]]))
+    np.testing.assert_allclose(gradient, [[0.0, 0.0], [0.6, 0.8]], rtol=1e-6)
+
+
+def test_per_source_repeats_each_value_over_its_coordinates():
+    np.testing.assert_array_equal(
+        Sources((BASE, WIDE)).per_source(jnp.array([2.0, 5.0])), [2.0, 2.0, 5.0, 5.0, 5.0]
+    )
+
+
+def test_stored_sources_are_passed_through_untouched():
+    stored = Sources((BASE, CHAT))
+    acts = jnp.ones((3, 4), jnp.bfloat16)
+    assert stored.derive(acts, stored) is acts
+    assert not stored.is_derived
+
+
+def test_a_difference_is_after_minus_before():
+    derived = Sources((BASE, difference(CHAT, BASE)))
+    assert derived.is_derived
+    acts = jnp.array([[1.0, 2.0, 10.0, 20.0]])
+    np.testing.assert_array_equal(derived.derive(acts, Sources((BASE, CHAT))), [[1.0, 2.0, 9.0, 18.0]])
+
+
+def test_derived_sources_match_by_name_whatever_the_order_of_the_store():
+    derived = Sources((difference(CHAT, BASE),))
+    stored = Sources((CHAT, WIDE, BASE))
+    acts = jnp.array([[10.0, 20.0, 7.0, 7.0, 7.0, 1.0, 2.0]])
+    np.testing.assert_array_equal(derived.derive(acts, stored), [[9.0, 18.0]])
+
+
+def test_a_crosscoder_may_read_some_of_a_store_in_another_order():
+    acts = jnp.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]])
+    out = Sources((CHAT, BASE)).derive(acts, Sources((BASE, WIDE, CHAT)))
+    np.testing.assert_array_equal(out, [[6.0, 7.0, 1.0, 2.0]])
+
+
+def test_differences_of_bfloat16_activations_are_exact():
+    # 256 and 0.875 are bfloat16 numbers; 255.125 needs 11 bits and is not: rounded it would be 255.
+    stored = Sources((BASE, CHAT))
+    acts = jnp.array([[0.875, 1.0, 256.0, 3.0]], jnp.bfloat16)
+    out = Sources((difference(CHAT, BASE),)).derive(acts, stored)
+    assert out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, [[255.125, 2.0]])
+
+
+def test_arbitrary_coefficients_are_applied():
+    mean = Source("mean", 2, (("base", 0.25), ("chat", 0.75)))
+    out = Sources((mean,)).derive(jnp.array([[4.0, 8.0, 8.0, 0.0]]), Sources((BASE, CHAT)))
+    np.testing.assert_array_equal(out, [[7.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Sources((Source("other", 2),)), r"'other' reads 'other', but there is \('base', 'wide'\)"),
+        (Sources((Source("base", 3),)), "'base' has width 3, but 'base' is stored with width 2"),
+        (Sources((Source("d", 2, (("base", 1.0), ("wide", 1.0))),)), "'d' has width 2, but 'wide'"),
+    ],
+)
+def test_sources_that_are_not_in_the_store_are_refused(wanted, message):
+    with pytest.raises(ValueError, match=message):
+        wanted.derive(jnp.zeros((1, 5)), Sources((BASE, WIDE)))
+
+
+def test_decoders_of_derived_sources_act_in_stored_space_as_they_do_here():
+    # d_stored is right exactly if deriving it gives d back: stored + d_stored -> derived + d.
+    derived = Sources((BASE, WIDE, Source("mix", 2, (("chat", 2.0), ("base", -0.5)))))
+    stored = Sources((CHAT, BASE, WIDE))
+    w_dec = jnp.asarray(np.random.default_rng(0).normal(size=(4, 7)), jnp.float32)
+    back = derived.to_stored_decoder(w_dec, stored)
+    assert back.shape == (4, 7)
+    np.testing.assert_allclose(derived.derive(back, stored), w_dec, atol=1e-6)
+    # By hand: chat = (mix + base / 2) / 2.
+    base, _, mix = derived.split(w_dec)
+    np.testing.assert_allclose(stored.split(back)[0], 0.5 * mix + 0.25 * base, atol=1e-6)
+
+
+def test_decoders_of_stored_sources_are_already_in_stored_space():
+    w_dec = jnp.ones((2, 4))
+    stored = Sources((BASE, CHAT))
+    assert stored.to_stored_decoder(w_dec, stored) is w_dec
+
+
+def test_a_difference_alone_has_no_decoder_in_stored_space():
+    derived = Sources((difference(CHAT, BASE),))
+    with pytest.raises(ValueError, match="do not determine the stored sources"):
+        derived.to_stored_decoder(jnp.ones((2, 2)), Sources((BASE, CHAT)))
+
+
+def test_dependent_combinations_have_no_decoder_in_stored_space():
+    twice = Source("twice", 2, (("base", 2.0),))
+    with pytest.raises(ValueError, match="do not determine"):
+        Sources((BASE, twice)).to_stored_decoder(jnp.ones((2, 4)), Sources((BASE, CHAT)))
+
+
+def test_json_round_trip_keeps_combinations():
+    sources = Sources((BASE, difference(CHAT, BASE, name="diff")))
+    assert Sources.from_json(sources.to_json()) == sources
+    # As JSON gives them back: lists, not tuples.
+    data = [{"name": "diff", "width": 2, "combination": [["chat", 1], ["base", -1]]}]
+    assert Sources.from_json(data).entries[0].combination == (("chat", 1.0), ("base", -1.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Source("", 2), "name='' of a source must not be empty"),
+        (lambda: Source("base", 0), "width=0 of source 'base' must be positive"),
+        (lambda: Source("base", 2, ()), "must name at least one stored source"),
+        (lambda: Source("d", 2, (("a", 1.0), ("a", 1.0))), "names a stored source twice"),
+        (lambda: Sources(()), "at least one source"),
+        (lambda: Sources((BASE, Source("base", 3))), "must differ"),
+        (lambda: difference(WIDE, BASE), "'wide' has width 3 and 'base' has 2"),
+    ],
+)
+def test_impossible_sources_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

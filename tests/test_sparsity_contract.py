@@ -1,0 +1,219 @@
+"""What every sparsity promises, in one table."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from core_cases import MESHES, assert_only_scalars_are_reduced
+
+from crosscoder_jax.sharding import Shardings, make_mesh
+from crosscoder_jax.sparsity import BatchTopK, ReLU, SumOfNorms, Unweighted
+
+BATCH, LATENT = 16, 24
+
+
+def kept_by_batch_top_k(count):
+    def oracle(pre, weights):
+        scores = np.float32(np.maximum(pre, 0) * weights)
+        cut = np.sort(scores.ravel())[::-1][count - 1]
+        return scores >= np.maximum(cut, np.finfo(np.float32).tiny), cut
+
+    return oracle
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    sparsity: BatchTopK | ReLU
+    kept: int | None
+    """How many of BATCH x LATENT entries stay; ``None`` for all positive ones."""
+    step: int | None = None
+
+    def oracle(self, pre, weights):
+        """The kept mask and the smallest kept score."""
+        if self.kept is None:
+            return pre > 0, 0.0
+        return kept_by_batch_top_k(self.kept)(pre, weights)
+
+    def __call__(self, pre, weights, **more):
+        return self.sparsity(pre, weights, step=self.step, **more)
+
+
+CASES = {
+    "batch top-k": Case(BatchTopK(k=3), 48),
+    "fractional k": Case(BatchTopK(k=2.6), 42),  # 2.6 * 16 = 41.6
+    "k below one": Case(BatchTopK(k=0.125), 2),
+    "annealing half way": Case(BatchTopK(k=2, initial_k=6, anneal_steps=8), 64, step=4),
+    "after training": Case(BatchTopK(k=2, initial_k=6, anneal_steps=8), 32),
+    "relu": Case(ReLU(), None),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(case, pre, weights, guess=None):
+    return case(pre, weights, guess=guess)
+
+
+over_the_table = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def inputs(seed=0, dtype=jnp.float32):
+    """Pre-activations, 40 % negative, and weights of different size."""
+    rng = np.random.default_rng(seed)
+    pre = jnp.asarray(rng.normal(0.3, 1, size=(BATCH, LATENT)), dtype)
+    return pre, jnp.asarray(rng.uniform(0.2, 3, size=LATENT), jnp.float32)
+
+
+@over_the_table
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_code_has_the_shape_and_dtype_of_the_pre_activations(case, dtype):
+    code, smallest = run(case, *inputs(dtype=dtype))
+    assert code.shape == (BATCH, LATENT)
+    assert code.dtype == dtype
+    assert smallest.shape == ()
+    assert smallest.dtype == jnp.float32
+
+
+@over_the_table
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kept_values_are_the_unweighted_activations_that_the_oracle_keeps(case, dtype):
+    pre, weights = inputs(dtype=dtype)
+    code, smallest = run(case, pre, weights)
+    values = np.asarray(pre, np.float32)
+    kept, cut = case.oracle(values, np.asarray(weights))
+    np.testing.assert_array_equal(np.asarray(code, np.float32), np.where(kept, values, 0))
+    assert smallest == np.float32(cut)
+
+
+@over_the_table
+def test_exactly_as_many_are_kept_as_promised(case):
+    pre, weights = inputs(seed=1)
+    expected = int((pre > 0).sum()) if case.kept is None else case.kept
+    assert int((run(case, pre, weights).code > 0).sum()) == expected
+
+
+@over_the_table
+def test_jit_equals_eager(case):
+    eager = case(*inputs())
+    jitted = run(case, *inputs())
+    jax.tree.map(np.testing.assert_array_equal, jitted, eager)
+
+
+@over_the_table
+def test_vmap_selects_in_every_batch_on_its_own(case):
+    pre = jnp.stack([inputs(seed)[0] * 10.0**seed for seed in range(3)])
+    weights = inputs()[1]
+    together = jax.jit(jax.vmap(case, in_axes=(0, None)))(pre, weights)
+    for i in range(3):
+        alone = run(case, pre[i], weights)
+        np.testing.assert_array_equal(together.code[i], alone.code)
+        np.testing.assert_array_equal(together.smallest_score[i], alone.smallest_score)
+
+
+@over_the_table
+def test_gradient_is_one_on_the_kept_values_and_never_reaches_the_weights(case):
+    pre, weights = inputs()
+    direction = jnp.asarray(np.random.default_rng(5).normal(size=pre.shape), jnp.float32)
+    of_pre, of_weights = jax.grad(lambda p, w: jnp.sum(direction * case(p, w).code), argnums=(0, 1))(
+        pre, weights
+    )
+    kept, _ = case.oracle(np.asarray(pre), np.asarray(weights))
+    np.testing.assert_array_equal(of_pre, np.where(kept, direction, 0))
+    np.testing.assert_array_equal(of_weights, np.zeros(LATENT))
+
+
+@over_the_table
+@pytest.mark.parametrize("shape", MESHES)
+def test_sharded_selection_is_bitwise_that_of_one_device(case, shape):
+    pre, weights = inputs(seed=2)
+    single = run(case, pre, weights)
+    mesh = make_mesh(*shape)
+    layout = Shardings.for_mesh(mesh)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(pre, layout.code_bl), jax.device_put(weights, layout.per_latent_l)
+        compiled = jax.jit(case).lower(*placed).compile()
+        sharded = compiled(*placed)
+    jax.tree.map(np.testing.assert_array_equal, sharded, single)
+    assert sharded.code.sharding.shard_shape((BATCH, LATENT)) == (BATCH // shape[0], LATENT // shape[1])
+    if case.kept is not None:
+        assert_only_scalars_are_reduced(compiled.as_text())
+
+
+@over_the_table
+def test_a_guess_changes_nothing(case):
+    pre, weights = inputs(seed=3)
+    for guess in (1e-30, 0.7, 1e30):
+        guided = run(case, pre, weights, jnp.float32(guess))
+        jax.tree.map(np.testing.assert_array_equal, guided, run(case, pre, weights))
+
+
+@over_the_table
+def test_a_batch_without_positive_pre_activations_has_an_empty_code(case):
+    code, smallest = run(case, -jnp.ones((BATCH, LATENT)), jnp.ones(LATENT))
+    assert not code.any()
+    assert smallest == (0.0 if case.kept is None else np.inf)
+
+
+def test_ties_at_the_cut_are_all_kept():
+    code, smallest = BatchTopK(k=1)(jnp.ones((2, 3)), jnp.array([1.0, 1.0, 0.5]))
+    np.testing.assert_array_equal(code, [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    assert smallest == 1.0
+
+
+def test_ranking_is_by_weighted_score_over_the_whole_batch():
+    # Scores [[4, 3], [10, 0.3]]: k * batch = 2 entries, of which row 0 keeps one and row 1 one.
+    code, smallest = BatchTopK(k=1)(jnp.array([[4.0, 1.0], [10.0, 0.1]]), jnp.array([1.0, 3.0]))
+    np.testing.assert_array_equal(code, [[4.0, 0.0], [10.0, 0.0]])
+    assert smallest == 4.0
+    # Not k per token: both may come from one row.
+    code, _ = BatchTopK(k=1)(jnp.array([[4.0, 3.0], [1.0, 2.0]]), jnp.ones(2))
+    np.testing.assert_array_equal(code, [[4.0, 3.0], [0.0, 0.0]])
+
+
+def test_close_scores_of_bfloat16_codes_are_told_apart_in_float32():
+    # In bfloat16 1.001 and 1.002 are both 1.
+    code, _ = BatchTopK(k=1)(jnp.ones((1, 2), jnp.bfloat16), jnp.array([1.001, 1.002]))
+    np.testing.assert_array_equal(np.asarray(code, np.float32), [[0.0, 1.0]])
+
+
+def test_latents_with_zero_weight_are_never_kept():
+    code, _ = BatchTopK(k=2)(jnp.array([[5.0, 1.0]]), jnp.array([0.0, 1.0]))
+    np.testing.assert_array_equal(code, [[0.0, 1.0]])
+
+
+def test_annealing_is_linear_and_ends():
+    sparsity = BatchTopK(k=10, initial_k=30, anneal_steps=4)
+    assert [float(sparsity.k_at(step)) for step in (0, 1, 2, 3, 4, 5)] == [30, 25, 20, 15, 10, 10]
+    assert float(sparsity.k_at(None)) == 10
+
+
+def test_large_counts_are_exact():
+    # 16,777,217 = 2^24 + 1 is no float32.
+    assert int(BatchTopK(k=16_777_217)._count(None, 1)) == 16_777_217
+    assert int(BatchTopK(k=0.3)._count(None, 10)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "k=0 must be positive"),
+        ({"k": math.nan}, "k=nan must be positive"),
+        ({"k": math.inf}, "k=inf must be positive and finite"),
+        ({"k": 1, "initial_k": 2}, "go together"),
+        ({"k": 1, "anneal_steps": 2}, "go together"),
+        ({"k": 1, "initial_k": 0, "anneal_steps": 2}, "initial_k=0 must be positive"),
+        ({"k": 1, "initial_k": 2, "anneal_steps": -2}, "anneal_steps=-2 must not be negative"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BatchTopK(**arguments)
+
+
+def test_code_norms_weigh_latents_by_their_decoders():
+    norms = jnp.array([[3.0, 0.0], [1.0, 2.0]])
+    np.testing.assert_array_equal(SumOfNorms()(norms), [4.0, 2.0])
+    np.testing.assert_array_equal(Unweighted()(norms), [1.0, 1.0])
