@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 from crosscoder_jax.crosscoder import Crosscoder as Crosscoder
 from crosscoder_jax.crosscoder import CrosscoderConfig as CrosscoderConfig
 from crosscoder_jax.crosscoder import fold_normalization as fold_normalization
+from crosscoder_jax.diffing import classify_latents as classify_latents
+from crosscoder_jax.diffing import decoder_cosine as decoder_cosine
+from crosscoder_jax.diffing import decoder_norms as decoder_norms
+from crosscoder_jax.diffing import delta_norm as delta_norm
+from crosscoder_jax.diffing import latent_scaling as latent_scaling
 from crosscoder_jax.metrics import explained_variance as explained_variance
 from crosscoder_jax.metrics import l0 as l0
 from crosscoder_jax.metrics import reconstruction_sums as reconstruction_sums
