@@ -1,4 +1,11 @@
-"""Pure analysis of a crosscoder: decoder norms and classes, Latent Scaling, evidence, one table."""
+"""Pure analysis of a crosscoder: decoder norms and classes, Latent Scaling, evidence, one table.
+
+The functions on arrays need numpy and jax only; those that read a store or write files are imported
+when first touched.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from crosscoder_jax.diffing.decoder_norms import Cutoffs as Cutoffs
 from crosscoder_jax.diffing.decoder_norms import LatentClass as LatentClass
@@ -7,6 +14,13 @@ from crosscoder_jax.diffing.decoder_norms import classify_latents as classify_la
 from crosscoder_jax.diffing.decoder_norms import decoder_cosine as decoder_cosine
 from crosscoder_jax.diffing.decoder_norms import decoder_norms as decoder_norms
 from crosscoder_jax.diffing.decoder_norms import delta_norm as delta_norm
+from crosscoder_jax.diffing.evidence import ActivitySums as ActivitySums
+from crosscoder_jax.diffing.evidence import TopActivations as TopActivations
+from crosscoder_jax.diffing.evidence import finalize_activity as finalize_activity
+from crosscoder_jax.diffing.evidence import init_activity as init_activity
+from crosscoder_jax.diffing.evidence import init_top as init_top
+from crosscoder_jax.diffing.evidence import update_activity as update_activity
+from crosscoder_jax.diffing.evidence import update_top as update_top
 from crosscoder_jax.diffing.latent_scaling import LatentScaling as LatentScaling
 from crosscoder_jax.diffing.latent_scaling import ScalingSums as ScalingSums
 from crosscoder_jax.diffing.latent_scaling import finalize_scaling as finalize_scaling
@@ -17,3 +31,23 @@ from crosscoder_jax.diffing.latent_scaling import scaling_decoders as scaling_de
 from crosscoder_jax.diffing.latent_scaling import update_scaling as update_scaling
 from crosscoder_jax.diffing.verdicts import Verdict as Verdict
 from crosscoder_jax.diffing.verdicts import verdicts as verdicts
+
+if TYPE_CHECKING:
+    from crosscoder_jax.diffing.diff import DiffConfig as DiffConfig
+    from crosscoder_jax.diffing.diff import diff_run as diff_run
+    from crosscoder_jax.diffing.table import DiffResult as DiffResult
+    from crosscoder_jax.diffing.table import write_diff as write_diff
+
+_LAZY = {
+    "DiffConfig": "crosscoder_jax.diffing.diff",
+    "diff_run": "crosscoder_jax.diffing.diff",
+    "DiffResult": "crosscoder_jax.diffing.table",
+    "write_diff": "crosscoder_jax.diffing.table",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what reads a store when it is first used."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'crosscoder_jax.diffing' has no attribute {name!r}")

@@ -1,0 +1,188 @@
+"""The table of latents, its summary, and the files they are written to."""
+
+import collections
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+from crosscoder_jax.activations.atomic import write_bytes_atomically, write_json_atomically
+from crosscoder_jax.diffing.closed_form import TARGETS
+from crosscoder_jax.diffing.decoder_norms import LatentClass, class_labels
+from crosscoder_jax.diffing.evidence import Activity
+from crosscoder_jax.diffing.latent_scaling import LatentScaling
+from crosscoder_jax.diffing.snippets import Snippet
+from crosscoder_jax.diffing.verdicts import Verdict
+from crosscoder_jax.sources import Sources
+
+HISTOGRAM_EDGES = np.linspace(0.0, 1.0, 51)
+"""Bins of ``delta_norm``, 0.02 wide, so that the published cut-offs are edges."""
+
+Columns = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffResult:
+    """What a diff found: one row a latent, a summary, and text for the strongest latents."""
+
+    columns: Columns
+    """Name -> ``[latent]``, in the order of the table; NaN where a number does not exist."""
+    summary: dict[str, Any]
+    """Plain data."""
+    snippets: dict[int, list[Snippet]]
+    """Latent -> snippets, strongest first."""
+
+    @property
+    def num_latents(self) -> int:
+        """Number of rows."""
+        return len(self.columns["latent"])
+
+
+def norm_columns(norms: Float[np.ndarray, "source latent"], sources: Sources) -> Columns:
+    """Return each latent's number and its decoder norm in each source, raw activation units."""
+    columns: Columns = {"latent": np.arange(norms.shape[1])}
+    return columns | {f"norm_{name}": norms[i] for i, name in enumerate(sources.names)}
+
+
+def class_columns(delta: Float[np.ndarray, "latent"], classes: Integer[np.ndarray, "latent"]) -> Columns:
+    """Return the columns of the decoder norm difference."""
+    return {"delta_norm": delta, "latent_class": np.array(class_labels(classes), object)}
+
+
+def activity_columns(
+    activity: Activity, norms: Float[np.ndarray, "source latent"], labels: Sequence[str]
+) -> Columns:
+    """Return how each latent fires, its energy, and its share on each text.
+
+    ``energy = sum f^2 ||d||^2 / tokens`` over all sources, in squared raw activation units: the mean
+    square of what the latent writes.
+    """
+    shares = {f"share_{label}": activity.label_shares[i] for i, label in enumerate(labels)}
+    return {
+        "frequency": activity.frequency,
+        "active_tokens": activity.active_tokens,
+        "mean_activation": activity.mean_activation,
+        "max_activation": activity.max_activation,
+        "energy": activity.mean_square * np.square(norms).sum(axis=0),
+    } | shares
+
+
+def scaling_columns(scaling: LatentScaling, verdicts: Sequence[Verdict], sources: Sources) -> Columns:
+    """Return the columns of Latent Scaling."""
+    columns: Columns = {"reference": np.array(sources.names, object)[scaling.reference]}
+    for t, target in enumerate(TARGETS):
+        for s, name in enumerate(sources.names):
+            columns[f"beta_{target}_{name}"] = scaling.beta[t, s]
+            columns[f"se_beta_{target}_{name}"] = scaling.se_beta[t, s]
+    return columns | {
+        "nu_error": scaling.nu_error,
+        "se_nu_error": scaling.se_nu_error,
+        "nu_recon": scaling.nu_recon,
+        "se_nu_recon": scaling.se_nu_recon,
+        "evidence": np.where(scaling.has_evidence, "enough", "too little").astype(object),
+        "verdict": np.array([str(verdict) for verdict in verdicts], object),
+    }
+
+
+def class_summary(columns: Columns) -> dict[str, Any]:
+    """Return class counts, what the histogram claims, what Latent Scaling leaves of it, and the histogram."""
+    classes, delta = columns["latent_class"], columns["delta_norm"]
+    is_exclusive = np.isin(classes.astype(str), [c.label for c in LatentClass if c.is_exclusive])
+    is_live = (classes != LatentClass.DEAD.label) & np.isfinite(delta)
+    summary: dict[str, Any] = {
+        "counts": {c.label: int(np.sum(classes == c.label)) for c in LatentClass},
+        "claimed": int(is_exclusive.sum()),
+        "delta_norm_histogram": {
+            "edges": [round(edge, 6) for edge in HISTOGRAM_EDGES.tolist()],
+            "counts": np.histogram(np.clip(delta[is_live], 0, 1), HISTOGRAM_EDGES)[0].tolist(),
+        },
+    }
+    if "verdict" in columns:
+        found = collections.Counter(columns["verdict"][is_exclusive].tolist())
+        is_confirmed = columns["verdict"] == str(Verdict.CONFIRMED)
+        summary["confirmed"] = int(is_confirmed.sum())
+        summary["confirmed_by_class"] = {
+            c.label: int(np.sum(is_confirmed & (classes == c.label))) for c in LatentClass if c.is_exclusive
+        }
+        summary["verdicts"] = {str(v): found[str(v)] for v in Verdict if v is not Verdict.NONE}
+        summary["too_little_evidence"] = int(np.sum(columns["evidence"] != "enough"))
+    return summary
+
+
+def write_diff(result: DiffResult, folder: str | Path) -> None:
+    """Write ``latents.parquet``, ``latents.csv``, ``snippets.json`` and ``summary.json`` into ``folder``.
+
+    Each file is whole or not there; the summary is written last. Numbers that do not exist are
+    null in the parquet file and empty in the csv.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # from_pandas: a NaN is a number that does not exist.
+    arrays = {name: pa.array(values, from_pandas=True) for name, values in result.columns.items()}
+    table = pa.table(arrays)
+    for name, write in (("parquet", pyarrow.parquet.write_table), ("csv", pyarrow.csv.write_csv)):
+        buffer = io.BytesIO()
+        write(table, buffer)
+        write_bytes_atomically(folder / f"latents.{name}", buffer.getvalue())
+    snippets = {str(latent): [s.to_json() for s in found] for latent, found in result.snippets.items()}
+    write_json_atomically(folder / "snippets.json", snippets)
+    write_json_atomically(folder / "summary.json", result.summary)
+
+
+def strongest_latents(
+    columns: Mapping[str, np.ndarray], labels: Sequence[str], count: int, enough: int
+) -> np.ndarray:
+    """Choose the latents whose text is worth reading, most telling first; dead ones never.
+
+    Of two models: those claimed for one of them, confirmed ones first, by energy; then those with
+    the most extreme ``delta_norm``. Of a difference: by energy, and every other one by how much more
+    of its activation lies on one text than on the latents' average.
+
+    Args:
+        columns: of the table.
+        labels: names of the texts.
+        count: how many.
+        enough: latents that fire on fewer tokens come after all others.
+    """
+    energy, active = columns["energy"], columns["active_tokens"]
+    is_rare = active < enough
+    if "delta_norm" in columns:
+        keys = _two_model_keys(columns, is_rare)
+        order = np.lexsort(keys[::-1])
+    else:
+        by_energy = np.lexsort((-energy, is_rare))
+        excess = _label_excess(columns, labels)
+        by_label = np.lexsort((-energy, -excess, is_rare)) if len(labels) > 1 else by_energy
+        order = np.stack([by_energy, by_label], axis=1).ravel()
+        _, first = np.unique(order, return_index=True)
+        order = order[np.sort(first)]
+    return order[active[order] > 0][:count]
+
+
+def _two_model_keys(columns: Mapping[str, np.ndarray], is_rare: np.ndarray) -> list[np.ndarray]:
+    classes = columns["latent_class"].astype(str)
+    is_claimed = np.isin(classes, [c.label for c in LatentClass if c.is_exclusive])
+    verdict = columns.get("verdict", np.full(len(classes), "", object)).astype(str)
+    is_confirmed = is_claimed & (verdict == str(Verdict.CONFIRMED))
+    extremity = np.abs(columns["delta_norm"] - 0.5)
+    strength = np.where(is_claimed, columns["energy"], np.nan_to_num(extremity))
+    return [~is_claimed, ~is_confirmed, ~is_claimed & is_rare, -strength]
+
+
+def _label_excess(columns: Mapping[str, np.ndarray], labels: Sequence[str]) -> np.ndarray:
+    """Return by how much a latent's share on its most favoured text exceeds that text's usual share."""
+    shares = np.stack([columns[f"share_{label}"] for label in labels])
+    weights = np.nan_to_num(columns["energy"])
+    usual = np.nansum(shares * weights, axis=1) / max(weights.sum(), np.finfo(float).tiny)
+    return np.nan_to_num((shares - usual[:, None]).max(axis=0, initial=-1.0, where=np.isfinite(shares)))
