@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from activations_cases import LONG, corpus, files, write_store
+from activations_cases import LONG, SETTINGS, corpus, files, write_store
 
-from crosscoder_jax.activations import ActivationStore, StoreError, read_json
+from crosscoder_jax.activations import ActivationStore, StoreError, StoreWriter, read_json
 
 SCRIPT = Path(__file__).with_name("activations_cases.py")
 
@@ -68,3 +68,19 @@ def test_every_replacement_of_a_file(tmp_path, reference, file, count, when):
         assert read_json(folder / "partial.json")["num_tokens"] == (count - 1) * 303
     write_store(folder, corpus(LONG), step=101, vocabulary={1: b"\xff"})
     assert files(folder) == reference
+
+
+def test_files_that_a_killed_writer_never_renamed_are_removed(tmp_path):
+    text = corpus()
+    write_store(tmp_path / "reference", text)
+    folder = tmp_path / "store"
+    with StoreWriter.create_or_resume(folder, **SETTINGS) as writer:
+        text.append(writer, 0, 40)
+        writer.checkpoint(None)
+    # TensorStore's name for a file until it is renamed, and ours.
+    (folder / "acts" / "base" / "c" / "900").mkdir()
+    (folder / "acts" / "base" / "c" / "900" / "0.__lock").write_bytes(b"part")
+    (folder / "tokens" / "zarr.json.__lock").write_bytes(b"part")
+    (folder / ".partial.json.0123456789ab.tmp").write_bytes(b"part")
+    write_store(folder, text)
+    assert files(folder) == files(tmp_path / "reference")

@@ -1,6 +1,5 @@
 """Reading ahead: in order, one ahead, errors where they belong, nothing kept alive."""
 
-import gc
 import itertools
 import threading
 import time
@@ -46,28 +45,54 @@ def test_error_is_raised_when_its_result_is_asked_for():
 
 
 def test_at_most_two_results_exist():
-    alive, most = weakref.WeakSet(), []
-
-    class Window(np.ndarray):
-        pass
+    references, most = [], []
 
     def load(item):
-        window = np.full((10, 2), item).view(Window)
-        alive.add(Holder(window))
-        gc.collect()
-        most.append(len(alive))
+        window = np.full((10, 2), item)
+        references.append(weakref.ref(window))
+        most.append(sum(reference() is not None for reference in references))
         return (window,)
-
-    class Holder:
-        """A weak set needs hashable entries, which arrays are not: this one dies with its array."""
-
-        def __init__(self, window):
-            window.holder = self
 
     for _ in rebatch(load_ahead(load, range(8)), 4):
         time.sleep(0.01)  # slower than loading, so that the next window is there before it is needed
     assert len(most) == 8
     assert max(most) == 2
+
+
+def test_a_dropped_result_is_gone_while_the_next_is_awaited():
+    references, is_gone = [], []
+
+    def load(item):
+        result = np.zeros(3)
+        references.append(weakref.ref(result))
+        if item == 1:
+            deadline = time.monotonic() + 5
+            while references[0]() is not None and time.monotonic() < deadline:
+                time.sleep(0.001)
+            is_gone.append(references[0]() is None)
+        return result
+
+    results = load_ahead(load, range(2))
+    next(results)
+    next(results)
+    assert is_gone == [True]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 7])
+def test_a_used_up_piece_is_gone_before_the_next_is_asked_for(batch_size):
+    is_gone = []
+
+    def pieces():
+        for item in range(5):
+            piece = np.full(10, item)
+            reference = weakref.ref(piece)
+            yield (piece,)
+            del piece
+            is_gone.append(reference() is None)
+
+    batches = list(rebatch(pieces(), batch_size))
+    assert len(batches) == -(-50 // batch_size)
+    assert is_gone == [True] * 5
 
 
 def test_thread_ends_with_the_generator():

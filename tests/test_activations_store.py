@@ -56,7 +56,17 @@ def test_reads_back_what_was_written(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(
-    "index", [[5], [198, 0, 17, 16], [3, 3, 40, 3], [], list(range(NUM_TOKENS))[::-1], list(range(16, 48))]
+    "index",
+    [
+        [5],
+        [198, 0, 17, 16],
+        [3, 3, 40, 3],
+        [9, 3, 5],
+        [3, 3, 5],
+        [],
+        list(range(NUM_TOKENS))[::-1],
+        list(range(16, 48)),
+    ],
 )
 def test_reads_any_rows_in_any_order(written, index):
     np.testing.assert_array_equal(written.read_rows(np.array(index, np.int64)), TEXT.stored()[index])

@@ -3,7 +3,7 @@
 import collections
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from crosscoder_jax.activations.atomic import read_json
 from crosscoder_jax.activations.layout import COLUMNS, VOCABULARY_NAME, column_spec, source_spec
 from crosscoder_jax.activations.manifest import Manifest, StoreError, describe_differences
 from crosscoder_jax.sources import Source, Sources
+from crosscoder_jax.typing import Progress
 
 _COLUMN_CACHE_BYTES = 16 << 20
 _READS_IN_FLIGHT = 4
@@ -113,7 +114,10 @@ class ActivationStore:
         rows = np.empty((len(token_index), self.sources.width), moved)
         for part, low, destination, index, wait in self._pieces(token_index[order], order):
             block = wait().view(moved)
-            rows[destination, part] = block if len(index) == len(block) else block[index - low]
+            # Repeated indices may be as many as the rows of a span with gaps, so the length alone
+            # does not tell that a span is wanted as it is.
+            is_whole = len(index) == len(block) and bool(np.all(np.diff(index) == 1))
+            rows[destination, part] = block if is_whole else block[index - low]
         return rows.view(self.dtype)
 
     def tokens(self, start: int, stop: int) -> Int32[np.ndarray, "token"]:
@@ -139,7 +143,7 @@ class ActivationStore:
             return {}
         return {int(token): text.encode("latin-1") for token, text in read_json(path).items()}
 
-    def verify(self, progress: Callable[[int, int, str], None] | None = None) -> list[str]:
+    def verify(self, progress: Progress | None = None) -> list[str]:
         """Read everything and return what is wrong with it, one line per fault; empty if sound.
 
         Looks for damaged, truncated and missing files, for rows that are not finite, for

@@ -1,6 +1,6 @@
 """Read a whole store and say what is wrong with it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -8,12 +8,13 @@ from crosscoder_jax.activations.arrays import StoredArray
 from crosscoder_jax.activations.manifest import StoredSource, StoreError
 from crosscoder_jax.activations.statistics import MomentAccumulator, SourceStatistics, finite_rows
 from crosscoder_jax.activations.store import ActivationStore
+from crosscoder_jax.typing import Progress
 
 _RELATIVE_TOLERANCE = 1e-9
 """Writer and verifier sum the same chunks in float64: they differ by the order of a sum at most."""
 
 
-def find_faults(store: ActivationStore, progress: Callable[[int, int, str], None] | None = None) -> list[str]:
+def find_faults(store: ActivationStore, progress: Progress | None = None) -> list[str]:
     """Return the faults of ``store``, one line each; see :meth:`ActivationStore.verify`."""
     report = _Reporter(progress, store.num_tokens * (len(store.arrays) + len(store.columns)))
     faults: list[str] = []
@@ -27,7 +28,7 @@ def find_faults(store: ActivationStore, progress: Callable[[int, int, str], None
 class _Reporter:
     """Counts tokens over all arrays for a progress callable that may be absent."""
 
-    def __init__(self, progress: Callable[[int, int, str], None] | None, total: int):
+    def __init__(self, progress: Progress | None, total: int):
         self._progress, self._total, self._done = progress, total, 0
 
     def advance(self, tokens: int) -> None:
