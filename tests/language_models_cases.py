@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import gguf
+import numpy as np
 import tokenizers
 import torch
 import transformers
@@ -133,6 +135,33 @@ def save_pair(folder: Path, family: str = "llama") -> tuple[str, str]:
         random_model(family, seed).save_pretrained(folder / name)
         byte_level_tokenizer().save_pretrained(folder / name)
     return str(folder / "base"), str(folder / "chat")
+
+
+def save_gguf(path: Path) -> torch.nn.Module:
+    """Write a tiny Llama as a GGUF file, in float32; return the model."""
+    model = random_model("llama")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(BLOCKS)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCABULARY)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, BLOCKS)
+    for name, parameter in model.named_parameters():
+        weights = parameter.detach().numpy()
+        if heads := {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2]):
+            # The two halves of each head's rotary pairs are interleaved in this format.
+            halves = weights.reshape(heads, 2, -1, WIDTH)
+            weights = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1, WIDTH)
+        writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="language models run in torch: instal
 import safetensors.torch
 import torch
 import transformers
-from language_models_cases import BLOCKS, WIDTH, byte_level_tokenizer, random_model
+from language_models_cases import BLOCKS, WIDTH, byte_level_tokenizer, random_model, save_gguf
 
 from crosscoder_jax.language_models.config import ModelReference
 from crosscoder_jax.language_models.loading import (
@@ -105,6 +105,17 @@ def test_loading_is_silent_and_leaves_the_settings_of_the_library(folder, capfd)
         pass
     assert not transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.enable_progress_bar()
+
+
+def test_a_gguf_file_is_read_silently_and_identified_by_its_content(tmp_path, capfd):
+    expected = save_gguf(tmp_path / "tiny.gguf")
+    facts = read_facts(ModelReference.parse(str(tmp_path / "tiny.gguf")))
+    assert (facts.num_blocks, facts.width, facts.max_positions) == (BLOCKS, WIDTH, 64)
+    assert facts.revision == sha256_of_files([tmp_path / "tiny.gguf"])
+    model = load_model(facts, dtype="float32", device="cpu")
+    assert capfd.readouterr() == ("", "")
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
 
 
 @pytest.mark.parametrize("read", [read_facts, load_tokenizer])

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,13 +109,17 @@ def default_device() -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from drawing bars and writing notes while a model is loaded."""
+    """Keep transformers from drawing bars and writing notes while a model is loaded.
+
+    The bar over the tensors of a GGUF file ignores the library's own switch, hence the redirection.
+    """
     logging = transformers.utils.logging
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if had_bars:
