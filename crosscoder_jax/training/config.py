@@ -1,11 +1,15 @@
 """The recipe of a training run."""
 
 import dataclasses
+import math
 
 import optax
 
 from crosscoder_jax.crosscoder import CrosscoderConfig
 from crosscoder_jax.objectives import AuxK, ErrorNorm, L1OfNorms, Reconstruction
+
+TOKENS_CAP = 2**30
+"""Counters of tokens without firing stop here, so that int32 never overflows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,17 @@ class TrainConfig:
             raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1")
         if not 0 <= self.threshold_decay < 1:
             raise ValueError(f"threshold_decay={self.threshold_decay} must lie in [0, 1)")
+        for name in ("learning_rate", "adam_eps", "decoder_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
+        for name in ("adam_b1", "adam_b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.aux_k is not None and self.aux_k.dead_after_tokens > TOKENS_CAP:
+            raise ValueError(
+                f"dead_after_tokens={self.aux_k.dead_after_tokens} must not exceed {TOKENS_CAP}, where the "
+                "counters stop: leave AuxK out if no latent shall count as dead"
+            )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive; None does not clip")
 

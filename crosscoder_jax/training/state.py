@@ -15,9 +15,6 @@ from crosscoder_jax.crosscoder import Crosscoder
 from crosscoder_jax.sharding import Shardings
 from crosscoder_jax.training.config import TrainConfig, make_optimizer
 
-TOKENS_CAP = 2**30
-"""Counters of tokens without firing stop here, so that int32 never overflows."""
-
 
 # JAX rebuilds the state with leaves that are no arrays (shapes, shardings, NumPy arrays), which
 # runtime type checkers would refuse.

@@ -11,6 +11,7 @@ from crosscoder_jax.training.config import TrainConfig
 SAMPLE_TOKENS = 65_536
 """Tokens the normaliser is estimated from: the scale's standard error is far below one percent."""
 
+_PIECE_TOKENS = 4_096
 _MEDIAN_TOKENS = 8_192
 _MEDIAN_ITERATIONS = 100
 _MEDIAN_TOLERANCE = 1e-5
@@ -40,14 +41,12 @@ def data_statistics(sample: Float[np.ndarray, "token width"], config: TrainConfi
         ValueError: if a source does not vary, so that it cannot be scaled.
     """
     sources = config.crosscoder.sources
-    rows = np.asarray(sample, np.float64)
-    mean = rows.mean(axis=0) if config.is_centred else np.zeros(sources.width)
-    centred = rows - mean
-    scale = np.array([_scale(centred[:, part], name) for part, name in _parts(sources)])
+    mean = sample.mean(axis=0, dtype=np.float64) if config.is_centred else np.zeros(sources.width)
+    scale = np.array([_scale(sample[:, part], mean[part], name) for part, name in _parts(sources)])
     if not config.is_scaled:
         scale = np.ones_like(scale)
-    normalized = centred * np.repeat(scale, sources.widths)
-    spread = normalized[:: max(len(normalized) // _MEDIAN_TOKENS, 1)]
+    spread = sample[:: max(len(sample) // _MEDIAN_TOKENS, 1)] - mean
+    spread *= np.repeat(scale, sources.widths)
     b_dec = np.concatenate([geometric_median(spread[:, part]) for part, _ in _parts(sources)])
     return DataStatistics(mean.astype(np.float32), scale.astype(np.float32), b_dec.astype(np.float32))
 
@@ -67,11 +66,16 @@ def _parts(sources: Sources) -> list[tuple[slice, str]]:
     return list(zip(sources.slices(), sources.names, strict=True))
 
 
-def _scale(centred: np.ndarray, name: str) -> float:
-    mean_norm = float(np.linalg.norm(centred, axis=1).mean())
+def _scale(rows: np.ndarray, mean: np.ndarray, name: str) -> float:
+    # In pieces: the whole sample in float64 would be several times its size.
+    norms = [
+        np.linalg.norm(rows[start : start + _PIECE_TOKENS] - mean, axis=1)
+        for start in range(0, len(rows), _PIECE_TOKENS)
+    ]
+    mean_norm = float(np.concatenate(norms).mean())
     if not mean_norm > 0:
         raise ValueError(
             f"source {name!r} is the same for every token (mean norm {mean_norm}): it holds nothing to "
             "learn; for a difference, compare two models that differ"
         )
-    return float(np.sqrt(centred.shape[1])) / mean_norm
+    return float(np.sqrt(rows.shape[1])) / mean_norm

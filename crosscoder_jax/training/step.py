@@ -19,8 +19,13 @@ from crosscoder_jax.metrics import (
     reconstruction_sums,
 )
 from crosscoder_jax.sparsity import SparseCode, apply_threshold
-from crosscoder_jax.training.config import TrainConfig, learning_rate_schedule, make_optimizer
-from crosscoder_jax.training.state import TOKENS_CAP, TrainState
+from crosscoder_jax.training.config import (
+    TOKENS_CAP,
+    TrainConfig,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from crosscoder_jax.training.state import TrainState
 from crosscoder_jax.typing import Acts, Scalar
 
 Metrics = dict[str, Array | np.ndarray]

@@ -1,0 +1,280 @@
+"""Training on meshes of 8 devices: the numbers of one device, and what the compiled step sends."""
+
+import contextlib
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_cases import activations, recipe, to_numpy, weights
+
+import crosscoder_jax as cc
+from crosscoder_jax.sharding import Shardings, make_mesh
+from crosscoder_jax.training.loop import put_batch
+from crosscoder_jax.training.state import init_state
+from crosscoder_jax.training.step import train_step
+
+BATCH, LATENTS, WIDTH, STEPS = 32, 48, 11, 20
+# k 1 leaves about half of 48 latents silent in two batches of 32, now more than k_aux, now fewer.
+RECIPE = recipe(
+    num_latents=LATENTS,
+    sparsity=cc.BatchTopK(k=1.0),
+    num_steps=STEPS,
+    warmup_steps=2,
+    aux_k=cc.AuxK(0.5, k_aux=24, dead_after_tokens=2 * BATCH),
+)
+MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)]
+ACTS = activations(BATCH * STEPS).reshape(STEPS, BATCH, WIDTH) / 3
+
+
+@contextlib.contextmanager
+def on(mesh):
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        yield Shardings.for_mesh(mesh)
+
+
+def train(config, shape):
+    """Metrics and which latents fired at each step, and the weights at the end."""
+    mesh = None if shape is None else make_mesh(*shape)
+    metrics, fired = [], []
+    with on(mesh) as shardings:
+        state = init_state(config, b_dec=ACTS[0].mean(axis=0), shardings=shardings)
+        for batch in ACTS:
+            state, measured = train_step(state, put_batch(batch, mesh), config=config)
+            metrics.append({name: float(value) for name, value in jax.device_get(measured).items()})
+            fired.append(np.asarray(state.tokens_since_fired) == 0)
+        return metrics, np.stack(fired), weights(state), to_numpy(state)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return train(RECIPE, None)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_twenty_steps_are_those_of_one_device(alone, shape):
+    metrics, fired, parameters, state = train(RECIPE, shape)
+    expected_metrics, expected_fired, expected_parameters, expected_state = alone
+    np.testing.assert_array_equal(fired, expected_fired)
+    assert [m["l0"] for m in metrics] == [m["l0"] for m in expected_metrics]
+    # Sums of partial sums are added in another order: float32 rounds each by 6e-8, and Adam hands a
+    # relative error of a gradient on to an update of 1e-2, twenty times.
+    for ours, theirs in zip(metrics, expected_metrics, strict=True):
+        for key in ("loss", "loss/aux_k", "grad_norm", "fve", "threshold"):
+            np.testing.assert_allclose(ours[key], theirs[key], rtol=2e-5, atol=1e-7, err_msg=key)
+        assert ours["dead"] == theirs["dead"]
+    for key, value in parameters.items():
+        np.testing.assert_allclose(value, expected_parameters[key], rtol=0, atol=2e-5, err_msg=key)
+    np.testing.assert_array_equal(state[".tokens_since_fired"], expected_state[".tokens_since_fired"])
+    np.testing.assert_array_equal(state[".key"], expected_state[".key"])
+
+
+def test_dead_latents_took_part(alone):
+    """All of them where they fit into k_aux, the best of them where they do not."""
+    num_dead = np.round([m["dead"] * LATENTS for m in alone[0]])
+    aux = np.array([m["loss/aux_k"] for m in alone[0]])
+    assert np.sum((num_dead > 0) & (num_dead <= 24)) > 3
+    assert np.sum(num_dead > 24) > 3
+    np.testing.assert_array_equal(aux > 0, num_dead > 0)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_the_initial_weights_are_those_of_one_device(shape):
+    config = RECIPE
+    with on(make_mesh(*shape)) as shardings:
+        ours = weights(init_state(config, shardings=shardings))
+    for key, value in weights(init_state(config)).items():
+        # Norms of rows are divided out, in another fusion.
+        np.testing.assert_allclose(ours[key], value, rtol=0, atol=1.2e-7, err_msg=key)
+
+
+LARGE = recipe(
+    widths=(40, 24),
+    num_latents=512,
+    sparsity=cc.BatchTopK(k=4.0),
+    batch_size=64,
+    aux_k=cc.AuxK(0.5, k_aux=4, dead_after_tokens=64),
+)
+"""Sizes that no two axes share, so that a shape in the compiled text says which axes it has."""
+DATA, LATENT = 2, 4
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    mesh = make_mesh(DATA, LATENT)
+    with on(mesh) as shardings:
+        state = init_state(LARGE, shardings=shardings)
+        acts = put_batch(activations(64, (40, 24)), mesh)
+        step = train_step.lower(state, acts, config=LARGE).compile()
+        # What is asked of the devices, and how the devices of a mesh are counted.
+        per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in _arrays(state))
+    return step, per_device
+
+
+def _arrays(state):
+    return [
+        jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        for leaf in jax.tree.leaves(state)
+    ]
+
+
+def collectives(text):
+    """(kind, shapes sent, groups of devices) of every collective of a compiled program."""
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    where = (
+        r"mesh\[[^\]]*\](?:, device_ids=\(\S*\))? \{.*?\}|\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+    )
+    pattern = re.compile(rf"= (.*?) ({kinds})(?:-start)?\(.*?replica_groups=({where})")
+    found = []
+    for line in text.splitlines():
+        if re.search(rf" ({kinds})(-start)?\(", line):
+            match = pattern.search(line)
+            assert match, line
+            shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", match[1])
+            found.append(
+                (match[2], [tuple(int(n) for n in s.split(",") if n) for s in shapes], groups(match[3]))
+            )
+    return found
+
+
+def groups(text):
+    """The groups of devices that a compiled program names, in any of XLA's three ways.
+
+    ``{{0,1},{2,3}}``, ``[4,2]<=[2,4]T(1,0)`` or ``mesh['a'=2,'b'=4] {'b'}``.
+    """
+    if text.startswith("{"):
+        return {tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", text[1:-1])}
+    if text.startswith("mesh"):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", text)}
+        over = re.findall(r"'(\w+)'", text[text.rindex("{") :])
+        devices = np.arange(np.prod(list(sizes.values())))
+        if relabelled := re.search(r"device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", text):
+            source, order = ([int(n) for n in part.split(",")] for part in relabelled.groups())
+            devices = devices.reshape(source).transpose(order)
+        axes = list(sizes)
+        order = [i for i, axis in enumerate(axes) if axis not in over] + [axes.index(axis) for axis in over]
+        size = int(np.prod([sizes[axis] for axis in over]))
+        grid = devices.reshape(list(sizes.values())).transpose(order)
+        return {tuple(row) for row in grid.reshape(-1, size).tolist()}
+    match = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert match, text
+    shape, source = ([int(n) for n in part.split(",")] for part in match.group(1, 2))
+    devices = np.arange(np.prod(source)).reshape(source)
+    if match[3]:
+        devices = devices.transpose([int(n) for n in match[3].split(",")])
+    return {tuple(row) for row in devices.reshape(shape).tolist()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{{0,1},{2,3}}", {(0, 1), (2, 3)}),
+        ("[2,2]<=[4]", {(0, 1), (2, 3)}),
+        ("[2,2]<=[2,2]T(1,0)", {(0, 2), (1, 3)}),
+        ("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", {(0, 1), (2, 3)}),
+        ("mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", {(0, 2), (1, 3)}),
+        ("mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}", {(0, 1, 2, 3)}),
+        ("mesh['axis_0'=3,'axis_1'=2], device_ids=([2,3]T(1,0)) {'axis_0'}", {(0, 1, 2), (3, 4, 5)}),
+    ],
+)
+def test_groups_are_read_right(text, expected):
+    assert groups(text) == expected
+
+
+def test_the_step_gathers_nothing(compiled):
+    text = compiled[0].as_text()
+    kinds = {kind for kind, _, _ in collectives(text)}
+    assert kinds == {"all-reduce"}
+    for word in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert f" {word}" not in text
+
+
+def test_what_is_reduced_over_which_axis(compiled):
+    devices = np.arange(DATA * LATENT).reshape(DATA, LATENT)
+    over_latent = {tuple(row) for row in devices.tolist()}
+    over_data = {tuple(row) for row in devices.T.tolist()}
+    over_both = {tuple(devices.ravel().tolist())}
+    rows, width, latents = 64 // DATA, 64, 512 // LATENT
+    allowed = {
+        # Reconstructions and their gradients, and one number per token.
+        "latent": {(), (rows, width), (rows,), (rows, 1)},
+        # Gradients of this shard's parameters, and sums over tokens.
+        "data": {
+            (),
+            (width, latents),
+            (latents, width),
+            (latents,),
+            (1, latents),
+            (width,),
+            (1, width),
+            (2,),
+        },
+        "both": {(), (width,), (2,)},
+    }
+    seen = set()
+    for _, shapes, where in collectives(compiled[0].as_text()):
+        axis = {frozenset(over_latent): "latent", frozenset(over_data): "data", frozenset(over_both): "both"}[
+            frozenset(where)
+        ]
+        assert set(shapes) <= allowed[axis], (axis, shapes)
+        seen |= {(axis, shape) for shape in shapes}
+    assert ("latent", (rows, width)) in seen, "the reconstruction"
+    assert {("data", (width, latents)), ("data", (latents, width))} & seen, "the gradients"
+
+
+def test_every_buffer_of_the_state_is_donated(compiled):
+    step, per_device = compiled
+    assert step.memory_analysis().alias_size_in_bytes == per_device
+
+
+def test_a_donation_that_fails_is_heard_of():
+    """``fit`` turns this warning of JAX into an error: here is the warning it waits for."""
+
+    def keep_half(x):
+        return x[:2]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jax.jit(keep_half, donate_argnums=0)(jnp.zeros(4))
+    assert any("Some donated buffers were not usable" in str(w.message) for w in caught)
+
+
+def test_the_state_is_made_where_it_lives():
+    """No device holds a whole array of latents on the way."""
+    from crosscoder_jax.training.state import _make_state
+
+    large = recipe(widths=(32, 32), num_latents=8192)
+    with on(make_mesh(1, 8)) as shardings:
+        state = init_state(large, shardings=shardings)
+        arguments = (
+            jax.random.key(0),
+            np.zeros(64, np.float32),
+            np.ones(2, np.float32),
+            np.zeros(64, np.float32),
+        )
+        memory = _make_state.lower(*arguments, config=large, shardings=shardings).compile().memory_analysis()
+    whole = 8192 * 64 * 4
+    for name in ("w_enc", "w_dec"):
+        array = state.params[name][...]
+        assert array.addressable_shards[0].data.nbytes == whole // 8
+    # Six arrays of latents x width: two weights and two moments of each.
+    assert memory.output_size_in_bytes < 6.5 * whole / 8
+    # One source's rows at a time, each 1/16 of a decoder, with random bits and norms beside them.
+    assert memory.temp_size_in_bytes < 4 * whole / 8 < whole
+
+
+def test_sizes_that_do_not_divide_are_refused_by_name(tmp_path):
+    from training_cases import write_store
+
+    from crosscoder_jax.training.loop import fit
+
+    store = write_store(tmp_path / "store", num_tokens=200)
+    with pytest.raises(
+        ValueError, match=r"batch_size=30 must be divisible by the 'data' mesh axis \(size 4\)"
+    ):
+        fit(recipe(batch_size=30), store, tmp_path / "run", mesh=make_mesh(4, 2))
+    with pytest.raises(ValueError, match=r"num_latents=15 .*'latent' mesh axis \(size 2\): use 14 or 16"):
+        fit(recipe(num_latents=15), store, tmp_path / "run", mesh=make_mesh(4, 2))
+    assert not (tmp_path / "run").exists(), "nothing was begun"
