@@ -218,9 +218,7 @@ def fold_normalization(crosscoder: Crosscoder) -> Crosscoder:
     b_enc = crosscoder.b_enc[...] - shift
     w_dec, b_dec = crosscoder.raw_decoder()
     config = dataclasses.replace(crosscoder.config, code_norm=Unweighted(), dtype="float32")
-    folded = nnx.eval_shape(
-        lambda: Crosscoder(config, key=jax.random.key(0), shardings=crosscoder.shardings)
-    )
+    folded = nnx.eval_shape(lambda: Crosscoder(config, key=jax.random.key(0), shardings=crosscoder.shardings))
     folded.w_enc = nnx.Param(w_enc * weights)
     folded.b_enc = nnx.Param(b_enc * weights)
     folded.w_dec = nnx.Param(w_dec / safe[:, None])

@@ -23,7 +23,8 @@ DENSE_FREQUENCY = 0.1
 class ReconstructionSums:
     """Sums over tokens from which the fraction of variance explained follows."""
 
-    tokens: Float[Array | np.ndarray, ""]
+    tokens: Float[Array | np.ndarray, ""] | np.floating
+    """Number of tokens; adding up arrays without axes gives NumPy scalars."""
     total: Float[Array | np.ndarray, "width"]
     """Sum of activations."""
     energy: Float[Array | np.ndarray, "source"]
@@ -75,7 +76,8 @@ def explained_variance(sums: ReconstructionSums, sources: Sources) -> dict[str, 
     variance = sums.energy - of_mean
     fractions = {"fve": 1 - xp.sum(sums.error) / xp.sum(variance)}
     per_source = 1 - sums.error / variance
-    return fractions | {f"fve/{name}": per_source[i] for i, name in enumerate(sources.names)}
+    fractions |= {f"fve/{name}": per_source[i] for i, name in enumerate(sources.names)}
+    return {name: xp.asarray(value) for name, value in fractions.items()}
 
 
 def l0(code: Latents, is_valid: Bool[Array, "batch"] | None = None) -> Float[Array, ""]:

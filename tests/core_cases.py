@@ -24,22 +24,20 @@ def config(sources=None, num_latents=16, **changes):
     return cc.CrosscoderConfig(sources or two_sources(), num_latents=num_latents, **changes)
 
 
-def random_crosscoder(seed=0, *, shardings=None, threshold=0.0, **changes):
-    """A crosscoder in which nothing is zero, one or tied."""
+def random_crosscoder(seed=0, *, shardings=cc.Shardings(), threshold=0.0, **changes):
+    """A crosscoder in which nothing is zero, one or tied; nothing is compiled to make it."""
     the_config = config(**changes)
+    crosscoder = nnx.eval_shape(lambda: cc.Crosscoder(the_config, key=jax.random.key(0), shardings=shardings))
     rng = np.random.default_rng(seed)
-    crosscoder = cc.Crosscoder(
-        the_config,
-        key=jax.random.key(seed),
-        mean=rng.normal(size=the_config.sources.width).astype(np.float32),
-        scale=rng.uniform(0.2, 3, size=len(the_config.sources)).astype(np.float32),
-        shardings=shardings or cc.Shardings(),
-    )
-    for name in PARAMETERS:
-        old = getattr(crosscoder, name)
-        new = rng.normal(size=old.shape).astype(np.float32)
-        setattr(crosscoder, name, nnx.Param(jax.device_put(new, jax.typeof(old[...]).sharding)))
-    crosscoder.threshold[...] = jnp.float32(threshold)
+    places = [shardings.w_enc_wl, shardings.per_latent_l, shardings.w_dec_lw, None, None, None, None]
+    for name, place in zip(VARIABLES, places, strict=True):
+        variable = getattr(crosscoder, name)
+        value = np.float32(rng.normal(size=variable.shape))
+        if name == "scale":
+            value = np.float32(rng.uniform(0.2, 3, size=variable.shape))
+        if name == "threshold":
+            value = np.float32(threshold)
+        setattr(crosscoder, name, type(variable)(jax.device_put(value, place)))
     return crosscoder
 
 

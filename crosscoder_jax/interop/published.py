@@ -16,7 +16,12 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from crosscoder_jax.activations.atomic import as_read_back, read_json, write_bytes_atomically, write_json_atomically
+from crosscoder_jax.activations.atomic import (
+    as_read_back,
+    read_json,
+    write_bytes_atomically,
+    write_json_atomically,
+)
 from crosscoder_jax.configs import config_from_json, config_to_json
 from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig
 
