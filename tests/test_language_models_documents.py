@@ -93,6 +93,12 @@ def test_a_row_that_the_template_refuses_can_be_told_apart(encoder):
         encoder({"messages": [{"role": "system", "content": "be kind"}]}, SOURCE)
 
 
+def test_the_tokens_do_not_depend_on_the_day(tokenizer):
+    encoder = Encoder(tokenizer, "{{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}")
+    expected = tokenizer("26 Jul 2024the ship?", add_special_tokens=False)["input_ids"]
+    assert encoder({"messages": TURNS}, SOURCE) == expected
+
+
 def as_lists(pieces):
     return [(ids.tolist(), positions.tolist()) for ids, positions in pieces]
 

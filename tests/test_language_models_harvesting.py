@@ -27,7 +27,8 @@ from language_models_cases import (
 )
 
 from crosscoder_jax.activations import ActivationStore, StoreError, StoreWriter
-from crosscoder_jax.language_models import HarvestConfig, TextSource, harvest, harvesting
+from crosscoder_jax.language_models import HarvestConfig, TextSource, harvest
+from crosscoder_jax.language_models import pair as pair_module
 
 CONTEXT, BATCH = 16, 3
 PROSE = [{"text": sentence * (3 - i % 3)} for i, sentence in enumerate(CORPUS * 4)]
@@ -194,8 +195,8 @@ def test_an_interrupted_harvest_ends_as_an_uninterrupted_one(config, tmp_path, i
 def test_a_finished_store_is_returned_without_loading_a_model(config, monkeypatch):
     first = harvest(config())
     before = checksums(config().store)
-    monkeypatch.setattr(harvesting, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(harvesting, "load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
+    monkeypatch.setattr(pair_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(pair_module, "load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
     again = harvest(config(device=None, checkpoint_tokens=7), lambda *_: pytest.fail("progress of nothing"))
     assert json.dumps(again.to_json()) == json.dumps(first.to_json())
     assert checksums(config().store) == before
@@ -368,6 +369,14 @@ def test_texts_without_anything_to_keep_are_refused(config, tmp_path, rows, mess
     text = TextSource("a", write_jsonl(tmp_path / "a.jsonl", rows))
     with pytest.raises(ValueError, match=message):
         harvest(config(texts=(text,), outlier_multiple=outlier_multiple))
+    assert not Path(config().store).exists(), "the next try may have other settings"
+
+
+def test_one_empty_text_beside_others_is_no_fault(config, texts, tmp_path):
+    empty = TextSource("empty", write_jsonl(tmp_path / "empty.jsonl", [{"text": ""}]))
+    manifest = harvest(config(texts=(empty, *texts)))
+    assert manifest.provenance["texts"]["empty"] == {"empty": 1, "prose": 0, "chat": 0}
+    assert manifest.num_tokens == 200
 
 
 @pytest.mark.parametrize("outlier_multiple", [None, 100.0])

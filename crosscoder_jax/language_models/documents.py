@@ -13,6 +13,8 @@ from crosscoder_jax.language_models.config import TextSource
 from crosscoder_jax.language_models.rows import open_rows
 from crosscoder_jax.language_models.tokenizers import encode
 
+_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""Stands for today in templates that tell the date (Llama 3.2), so that tokens do not depend on the day."""
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 """Speakers of ``{"from", "value"}`` rows under the names that chat templates know."""
 
@@ -69,7 +71,7 @@ class Encoder:
         messages = [_message(turn, source) for turn in turns]
         try:
             return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, tokenize=False
+                messages, chat_template=_FIXED_DATE + self.chat_template, tokenize=False
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise UnusableRowError(
