@@ -21,6 +21,7 @@ from crosscoder_jax.metrics import reconstruction_sums as reconstruction_sums
 from crosscoder_jax.objectives import AuxK as AuxK
 from crosscoder_jax.objectives import ErrorNorm as ErrorNorm
 from crosscoder_jax.objectives import L1OfNorms as L1OfNorms
+from crosscoder_jax.objectives import MeanSquaredError as MeanSquaredError
 from crosscoder_jax.objectives import SquaredError as SquaredError
 from crosscoder_jax.sharding import Shardings as Shardings
 from crosscoder_jax.sharding import make_mesh as make_mesh

@@ -10,11 +10,13 @@ from typing import Literal
 
 from crosscoder_jax.activations.split import Split
 from crosscoder_jax.crosscoder import CrosscoderConfig
-from crosscoder_jax.objectives import AuxK, ErrorNorm, L1OfNorms, SquaredError
+from crosscoder_jax.objectives import AuxK, ErrorNorm, L1OfNorms, MeanSquaredError, SquaredError
 from crosscoder_jax.report import ReportConfig
 from crosscoder_jax.sources import Sources, difference
 from crosscoder_jax.sparsity import BatchTopK, ReLU
 from crosscoder_jax.training.config import TrainConfig
+
+_LOSSES = {"norm": ErrorNorm(), "squared": SquaredError(), "mean-squared": MeanSquaredError()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Train:
     """Steps of linear warm-up."""
     decay_fraction: float = 0.2
     """Last share of the steps over which the learning rate falls to zero."""
-    loss: Literal["norm", "squared"] = "norm"
-    """Reconstruction loss: the error's norm (what published runs minimised) or its square."""
+    loss: Literal["norm", "squared", "mean-squared"] = "norm"
+    """Reconstruction loss: the error's norm (what published runs minimised), its square (what papers
+    print), or the mean square of its coordinates (on which AuxK weighs most)."""
     decoder_norm: float = 1.0
     """Initial norm of each latent's decoder in each source, normalised units."""
     aux_k_weight: float = 1 / 32
@@ -94,7 +97,7 @@ class Train:
             warmup_steps=self.warmup_steps,
             decay_fraction=self.decay_fraction,
             decoder_norm=self.decoder_norm,
-            loss=ErrorNorm() if self.loss == "norm" else SquaredError(),
+            loss=_LOSSES[self.loss],
             l1=None if self.l1 is None else L1OfNorms(self.l1, warmup_steps=self.warmup_steps),
             aux_k=aux_k if self.aux_k_weight else None,
             is_centred=self.is_centred,
