@@ -216,7 +216,7 @@ def _combine(row: list[tuple[int, float]], parts: tuple[Array, ...]) -> Array:
     if len(row) == 1 and row[0][1] == 1.0:
         return parts[row[0][0]]
     # Sources that are close to each other, as two related models are, differ by less than bf16 resolves.
-    terms = [jnp.float32(coefficient) * parts[i].astype(jnp.float32) for i, coefficient in row]
+    terms = [coefficient * parts[i].astype(jnp.float32) for i, coefficient in row]
     return jax.tree.reduce(jnp.add, terms)
 
 

@@ -125,6 +125,7 @@ def test_whole_numbers_serve_as_floats():
         ({"name": "x", "limit": "low"}, "config.limit='low' must be a float"),
         ({"name": "x", "layers": 3}, "config.layers=3 must be a list"),
         ({"name": "x", "layers": [1, "2"]}, r"config.layers\[1\]='2' must be a int"),
+        ({"name": "x", "layers": [True]}, r"config.layers\[0\]=True must be a int"),
         ({"name": "x", "layers": [1.5]}, r"config.layers\[0\]=1.5 must be a int"),
         ({"name": "x", "pair": ["a"]}, "must have 2 entries"),
         ([], r"config is \[\], but Outer needs named fields"),

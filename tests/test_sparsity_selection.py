@@ -204,6 +204,13 @@ def test_rows_keep_their_largest_scores(family):
             np.testing.assert_array_equal(select(scores, jnp.int32(count)), sorted_rows(scores, count))
 
 
+def test_rows_tell_the_largest_neighbouring_floats_apart():
+    bits = np.float32(np.finfo(np.float32).max).view(np.int32) - np.arange(16, dtype=np.int32)
+    scores = np.random.default_rng(0).permutation(bits).view(np.float32)[None]
+    for count in range(1, 17):
+        assert int(top_scores_per_row(jnp.asarray(scores), jnp.int32(count)).sum()) == count
+
+
 def test_each_row_is_cut_on_its_own():
     scores = jnp.array([[9.0, 8.0, 7.0], [0.0, 0.5, 0.0], [0.0, -0.0, 0.0], [1.0, 1.0, 0.5]])
     expected = [[True, False, False], [False, True, False], [False] * 3, [True, True, False]]

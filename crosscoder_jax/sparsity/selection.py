@@ -81,7 +81,7 @@ def top_scores_cut(
 def _search(scores: Float[Array, "*shape"], count: Int[Array, ""], first: Scalar) -> "_Bracket":
     """Narrow a bracket until its lower cut keeps what the ``count``-th largest score would keep."""
     positive = _count_reaching(scores, jnp.float32(SMALLEST_SCORE))
-    count = jnp.minimum(count.astype(jnp.int32), positive)
+    count = count.astype(jnp.int32)
     bracket = _Bracket(
         low=_to_ordered(jnp.float32(SMALLEST_SCORE)),
         high=_to_ordered(jnp.max(scores)) + 1,
