@@ -268,29 +268,40 @@ def test_no_snippets_saves_the_second_pass(case):
 
 
 def test_a_basis_of_the_stored_sources_is_compared_in_their_space(case):
-    # before and chat - before: the same crosscoder, its decoders carried into that basis.
+    # before and chat - before: the same crosscoder, decoders and biases carried into that basis.
     base, chat = pair(WIDTH)
     sources = Sources((base, difference(chat, base)))
-    plain = case["crosscoder"]
+    w_dec, plain = case["w_dec"], case["crosscoder"]
     w_enc = np.asarray(plain.w_enc[...]).reshape(2, WIDTH, NUM_LATENTS)
-    w_dec = case["w_dec"]
+    bias = np.random.default_rng(9).standard_normal((2, WIDTH))
     # chat = base + difference, so the encoder reads base with both weights and the difference with
-    # chat's; the difference's decoder is chat's minus base's.
-    crosscoder = make_crosscoder(
+    # chat's; the difference's decoder and bias are chat's minus base's. The weights by which scores
+    # are ranked differ between the bases, so the threshold is out of the way: a planted activation is
+    # at least 0.5, a decoder norm at least 1, and what is not planted reads 0.
+    basis = make_crosscoder(
         sources,
         np.concatenate([w_enc[0] + w_enc[1], w_enc[1]]),
         plain.b_enc[...],
         np.concatenate([w_dec[:, 0], w_dec[:, 1] - w_dec[:, 0]], axis=1),
-        np.zeros(2 * WIDTH),
+        np.concatenate([bias[0], bias[1] - bias[0]]),
+        threshold=0.1,
     )
-    # The weights by which scores are ranked differ, so the threshold is moved out of the way.
-    crosscoder.threshold[...] = crosscoder.threshold[...] + 0.1
-    result = diff_run(crosscoder, case["view"], case["config"])
-    assert result.summary["sources"] == ["base", "chat"]
-    for name in ("latent_class", "verdict"):
-        assert result.columns[name].tolist() == case["result"].columns[name].tolist()
-    for name in ("norm_base", "norm_chat", "delta_norm", "nu_error", "nu_recon", "energy"):
-        np.testing.assert_allclose(result.columns[name], case["result"].columns[name], rtol=1e-4, atol=2e-5)
+    stored = make_crosscoder(
+        pair(WIDTH),
+        w_enc.reshape(-1, NUM_LATENTS),
+        plain.b_enc[...],
+        w_dec.reshape(-1, 2 * WIDTH),
+        bias.ravel(),
+        threshold=0.1,
+    )
+    found, expected = (diff_run(one, case["view"], case["config"]) for one in (basis, stored))
+    assert found.summary["sources"] == ["base", "chat"]
+    assert list(found.columns) == list(expected.columns)
+    for name, value in expected.columns.items():
+        if value.dtype == object:
+            assert found.columns[name].tolist() == value.tolist(), name
+        else:
+            np.testing.assert_allclose(found.columns[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_a_difference_alone_has_no_two_model_columns(case):

@@ -167,11 +167,14 @@ def test_top_equals_sorting_everything(one_per_document, size):
     np.testing.assert_array_equal(top.documents, np.where(tokens >= 0, (tokens - 1000) // 23, -1))
 
 
-def test_top_does_not_depend_on_the_order_of_tokens():
-    code, selected = sparse_code(5, 200, 6), np.array([1, 4])
+@pytest.mark.parametrize("one_per_document", [True, False])
+def test_top_does_not_depend_on_the_order_of_tokens(one_per_document):
+    # Dense, so that nearly every document has its largest value several times.
+    code, selected = sparse_code(5, 200, 6, density=0.9), np.array([1, 4])
     documents = (np.arange(200) // 9).astype(np.int32)
-    shuffled = run_top(code, selected, documents, 32, order=np.random.default_rng(6).permutation(200))
-    ordered = run_top(code, selected, documents, 64)
+    order = np.random.default_rng(6).permutation(200)
+    shuffled = run_top(code, selected, documents, 32, order=order, one_per_document=one_per_document)
+    ordered = run_top(code, selected, documents, 64, one_per_document=one_per_document)
     for a, b in zip(jax.tree.leaves(shuffled), jax.tree.leaves(ordered), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -197,6 +200,14 @@ def test_places_that_nothing_fills_say_so():
     assert top.values.tolist() == [[0, 0, 0], [2.5, 0, 0]]
     assert top.tokens.tolist() == [[-1, -1, -1], [1003, -1, -1]]
     assert top.documents.tolist() == [[-1, -1, -1], [0, -1, -1]]
+
+
+def test_padding_is_never_among_the_strongest():
+    code = jnp.full((4, 1), 1.0).at[2:].set(1e9)
+    rows, is_valid = jnp.arange(4), jnp.array([True, True, False, False])
+    top = top_step(init_top(1, 3), code, jnp.array([0]), rows, rows, is_valid)
+    assert top.values.tolist() == [[1, 1, 0]]
+    assert top.tokens.tolist() == [[0, 1, -1]]
 
 
 def test_eight_devices_find_the_same():
