@@ -17,14 +17,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from crosscoder_jax.activations.atomic import read_json, write_json_atomically
+from crosscoder_jax.activations.atomic import read_json, remove_temporary_files, write_json_atomically
 from crosscoder_jax.activations.batches import Batches
 from crosscoder_jax.activations.split import Split
 from crosscoder_jax.activations.store import ActivationStore
 from crosscoder_jax.activations.view import TokenView, spread_sample
 from crosscoder_jax.configs import config_differences, config_to_json
 from crosscoder_jax.crosscoder import Crosscoder
-from crosscoder_jax.interop.published import save
+from crosscoder_jax.interop.published import load, save
 from crosscoder_jax.sharding import Shardings, check_divisible
 from crosscoder_jax.sources import Sources
 from crosscoder_jax.training.checkpoint import Checkpoints
@@ -69,7 +69,8 @@ def fit(
 
     A run killed at any moment and started again ends with the same weights, bit for bit, as one
     that was never stopped. The folder then holds ``config.json``, ``metrics.jsonl``,
-    ``checkpoints/`` and the finished ``crosscoder/``.
+    ``checkpoints/`` and the finished ``crosscoder/``. A finished run is left as it is, and its
+    crosscoder, which may have been calibrated since, is loaded.
 
     Args:
         config: the recipe.
@@ -88,8 +89,11 @@ def fit(
     """
     check_divisible("batch_size", config.batch_size, mesh, "data")
     check_divisible("num_latents", config.crosscoder.num_latents, mesh, "latent")
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim_folder(folder, run_identity(config, store, options), store)
+    identity = run_identity(config, store, options)
+    _refuse_other_run(folder, identity)
+    if (folder / "crosscoder" / "config.json").is_file():
+        return load(folder / "crosscoder")
+    _clear(folder)
     view = TokenView.of_split(store, options.split, held_out=False)
     with contextlib.ExitStack() as stack:
         if mesh is not None:
@@ -97,6 +101,7 @@ def fit(
         checkpoints = Checkpoints(folder / "checkpoints")
         stack.callback(checkpoints.close)
         state = _start(config, view, checkpoints, Shardings.for_mesh(mesh))
+        _claim(folder, identity, store)
         first_step = int(state.step)
         jsonl = JsonLinesTracker(folder / "metrics.jsonl", first_step=first_step)
         journal = _Journal(config, [jsonl, *trackers], options.log_every, progress)
@@ -137,12 +142,9 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def _claim_folder(folder: Path, identity: Mapping[str, Any], store: ActivationStore) -> None:
-    """Write what the run is, or refuse a folder that holds another run."""
+def _refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
     path = folder / "config.json"
     if not path.exists():
-        record = {"store_path": str(store.path.absolute()), "versions": library_versions()}
-        write_json_atomically(path, {**identity, **record})
         return
     recorded = read_json(path)
     differences = config_differences(identity, {name: recorded.get(name) for name in identity})
@@ -151,6 +153,21 @@ def _claim_folder(folder: Path, identity: Mapping[str, Any], store: ActivationSt
             f"{folder} holds another run: {'; '.join(differences)}: "
             "choose another output folder, or give the old settings to go on"
         )
+
+
+def _claim(folder: Path, identity: Mapping[str, Any], store: ActivationStore) -> None:
+    """Write what the run is, once it has what it needs to start: a faulty recipe claims no folder."""
+    path = folder / "config.json"
+    if not path.exists():
+        record = {"store_path": str(store.path.absolute()), "versions": library_versions()}
+        write_json_atomically(path, {**identity, **record})
+
+
+def _clear(folder: Path) -> None:
+    """Make the folders of a run and remove what a killed process left half-written."""
+    for path in (folder, folder / "crosscoder"):
+        path.mkdir(parents=True, exist_ok=True)
+        remove_temporary_files(path)
 
 
 def _start(
@@ -253,12 +270,18 @@ class _Journal:
 
 def _refuse_nan(step: int, values: Mapping[str, float], last_saved: int | None) -> None:
     wrong = [
-        name.removeprefix("is_finite/") for name, v in values.items() if name.startswith("is_") and not v
+        name.removeprefix("is_finite/") for name, v in values.items() if name.startswith("is_f") and not v
     ]
     if not wrong and math.isfinite(values["loss"]):
         return
+    # What is wrong first makes everything after it wrong too.
+    stages = (
+        [name for name in wrong if name == "batch"],
+        [name for name in wrong if name == "loss"],
+        [name for name in wrong if name.startswith("gradient")],
+        wrong,
+    )
+    first = next((stage for stage in stages if stage), ["loss"])
     saved = f"the checkpoint of step {last_saved} is good" if last_saved else "no checkpoint was saved yet"
     cause = "verify the store" if "batch" in wrong else "lower the learning rate or lengthen the warm-up"
-    raise FloatingPointError(
-        f"step {step}: NaN or infinity in {', '.join(wrong) or 'the loss'}; {saved}: {cause}"
-    )
+    raise FloatingPointError(f"step {step}: NaN or infinity in {', '.join(first)}; {saved}: {cause}")
