@@ -150,14 +150,14 @@ def test_the_raw_decoder_reconstructs_raw_activations_alone():
 
 
 def test_bfloat16_compute_rounds_the_factors_and_accumulates_in_float32():
-    # 4096 products of 1 * 1: a bfloat16 accumulator stops at 256.
-    wide = two_sources(2048, 2048)
+    # 4097 products of 1 * 1: bfloat16 numbers stop counting at 256, and next to 4097 are 4096 and 4128.
+    wide = two_sources(2048, 2049)
     crosscoder = cc.Crosscoder(config(wide, 1, dtype="bfloat16"), key=jax.random.key(0))
     crosscoder.w_enc[...] = jnp.ones_like(crosscoder.w_enc[...])
-    assert crosscoder.pre_acts(jnp.ones((1, 4096)))[0, 0] == 4096
+    assert crosscoder.pre_acts(jnp.ones((1, 4097)))[0, 0] == 4097
     # 1 + 2^-9 is 1 in bfloat16, on either side of the product.
     crosscoder.w_enc[...] = jnp.full_like(crosscoder.w_enc[...], 1 + 2**-9)
-    assert crosscoder.pre_acts(jnp.full((1, 4096), 1 + 2**-9))[0, 0] == 4096
+    assert crosscoder.pre_acts(jnp.full((1, 4097), 1 + 2**-9))[0, 0] == 4097
     assert crosscoder.w_enc[...].dtype == jnp.float32
 
 
