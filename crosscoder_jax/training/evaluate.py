@@ -20,6 +20,9 @@ from crosscoder_jax.typing import Acts, Latents, Progress
 _NUM_CUTS = 64
 _MAX_PASSES = 6
 _L0_TOLERANCE = 1e-3
+_FLOATS = np.finfo(np.float32)
+_FIRST_CUTS = np.array([_FLOATS.tiny, *np.geomspace(1e-6, 1e6, _NUM_CUTS - 2), _FLOATS.max], np.float32)
+"""Close together where scores of normalised activations are, and to the ends of float32 for others."""
 
 
 def evaluate(
@@ -88,9 +91,8 @@ def calibrate(
             f"sparsity={sparsity} has no k to calibrate for: a ReLU code needs no threshold, its is 0"
         )
     wanted = sparsity.k * view.num_tokens
-    low, high = np.float32(1e-6), np.float32(1e6)
+    cuts = _FIRST_CUTS
     for done_passes in range(_MAX_PASSES):
-        cuts = np.geomspace(low, high, _NUM_CUTS, dtype=np.float32)
         counts = _count_above(crosscoder, view, cuts, batch_size, progress, done_passes)
         if counts[0] < wanted * (1 - _L0_TOLERANCE):
             raise ValueError(
@@ -102,6 +104,9 @@ def calibrate(
         low, high = cuts[above], cuts[min(above + 1, _NUM_CUTS - 1)]
         if abs(counts[best] / wanted - 1) <= _L0_TOLERANCE or high <= np.nextafter(low, high):
             break
+        cuts = np.geomspace(float(low), float(high), _NUM_CUTS).astype(np.float32)
+    if progress is not None:
+        progress(_MAX_PASSES * view.num_tokens, _MAX_PASSES * view.num_tokens, "tokens")
     calibrated = nnx.clone(crosscoder)
     calibrated.threshold[...] = jnp.float32(cuts[best])
     return calibrated

@@ -1,0 +1,229 @@
+"""Measuring and calibrating against NumPy over all held-out tokens at once."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_cases import activations, recipe, to_numpy, write_store
+
+import crosscoder_jax as cc
+from crosscoder_jax.activations import Split, TokenView
+from crosscoder_jax.training.evaluate import calibrate, evaluate
+from crosscoder_jax.training.state import init_state
+from crosscoder_jax.training.statistics import data_statistics
+from crosscoder_jax.training.step import eval_step, train_step
+
+CONFIG = recipe(num_steps=150, warmup_steps=0)
+TRAINING_RULE = {"fve_training_rule", "l0_training_rule"}
+
+
+@pytest.fixture(scope="module")
+def view(tmp_path_factory):
+    """1,200 tokens of a store of 1,500, in several ranges."""
+    store = write_store(tmp_path_factory.mktemp("evaluate") / "store")
+    return TokenView.of_split(store, Split(0.2), held_out=False)
+
+
+@pytest.fixture(scope="module")
+def crosscoder():
+    acts = activations(30 * 32, seed=1)
+    statistics = data_statistics(acts, CONFIG)
+    state = init_state(CONFIG, mean=statistics.mean, scale=statistics.scale, b_dec=statistics.b_dec)
+    for batch in acts.reshape(30, 32, -1):
+        state, _ = train_step(state, jnp.asarray(batch), config=CONFIG)
+    return state.crosscoder()
+
+
+class Oracle:
+    """The whole view at once in float64."""
+
+    def __init__(self, crosscoder, view, sources=None):
+        acts = view.read_positions(np.arange(view.num_tokens)).astype(np.float64)
+        c = {
+            k: np.asarray(getattr(crosscoder, k)[...], np.float64)
+            for k in ("w_enc", "b_enc", "w_dec", "b_dec")
+        }
+        self.sources = crosscoder.config.sources
+        scale = np.repeat(np.asarray(crosscoder.scale[...], np.float64), self.sources.widths)
+        self.x = (acts - np.asarray(crosscoder.mean[...], np.float64)) * scale
+        self.relu = np.maximum(self.x @ c["w_enc"] + c["b_enc"], 0)
+        norms = [np.linalg.norm(part, axis=1) for part in self.sources.split(c["w_dec"])]
+        self.scores = self.relu * np.sum(norms, axis=0)
+        self.c = c
+
+    def metrics(self, kept):
+        error = self.x - (self.relu * kept) @ self.c["w_dec"] - self.c["b_dec"]
+        deviation = self.x - self.x.mean(axis=0)
+        result = {"fve": 1 - np.sum(error**2) / np.sum(deviation**2), "l0": kept.sum() / len(self.x)}
+        for name, part in zip(self.sources.names, self.sources.slices(), strict=True):
+            result[f"fve/{name}"] = 1 - np.sum(error[:, part] ** 2) / np.sum(deviation[:, part] ** 2)
+        frequency = kept.mean(axis=0)
+        return result | {"dead": np.mean(frequency == 0), "dense": np.mean(frequency > 0.1)}
+
+
+def test_the_inference_rule_against_numpy(crosscoder, view):
+    oracle, threshold = Oracle(crosscoder, view), float(crosscoder.threshold[...])
+    assert np.abs(oracle.scores - threshold).min() > 1e-6, "no score is a rounding away from the threshold"
+    expected = oracle.metrics(oracle.scores > threshold)
+    measured = evaluate(crosscoder, view, batch_size=64)
+    assert measured["num_tokens"] == view.num_tokens
+    assert measured["threshold"] == threshold
+    assert measured["l0_inference_rule"] == pytest.approx(expected["l0"], rel=1e-12)
+    assert measured["dead"] == expected["dead"]
+    assert measured["dense"] == expected["dense"]
+    assert 0 < measured["dense"] < 1
+    for name in ("fve", "fve/base", "fve/chat"):
+        # Sums of 64 tokens in float32, 6e-8 each, added in float64.
+        assert measured[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_the_training_rule_is_batch_top_k_over_each_full_batch(crosscoder, view):
+    batch_size = 128
+    oracle = Oracle(crosscoder, view)
+    num_full = view.num_tokens // batch_size * batch_size
+    assert num_full < view.num_tokens, "the last batch is padded"
+    kept = np.zeros_like(oracle.scores, bool)
+    for start in range(0, num_full, batch_size):
+        rows = oracle.scores[start : start + batch_size]
+        kept[start : start + batch_size] = rows >= np.sort(rows, axis=None)[-3 * batch_size]
+    oracle.x, oracle.relu = oracle.x[:num_full], oracle.relu[:num_full]
+    expected = oracle.metrics(kept[:num_full])
+    measured = evaluate(crosscoder, view, batch_size=batch_size)
+    assert measured["l0_training_rule"] == pytest.approx(3.0, rel=1e-12)
+    assert measured["fve_training_rule"] == pytest.approx(expected["fve"], rel=1e-5)
+
+
+def test_nothing_but_the_training_rule_depends_on_the_batch_size(crosscoder, view):
+    first, *others = (evaluate(crosscoder, view, batch_size=size) for size in (64, 100, 5000))
+    for other in others:
+        for name in set(first) - TRAINING_RULE:
+            assert other[name] == pytest.approx(first[name], rel=2e-6), name
+
+
+@pytest.mark.parametrize("junk", [0.0, 1e6, np.nan, np.inf])
+def test_rows_of_padding_are_ignored_whatever_they_hold(crosscoder, junk):
+    acts = activations(64, seed=3)
+    is_valid = np.arange(64) < 40
+    padded = np.where(is_valid[:, None], acts, np.float32(junk))
+    ours = to_numpy(eval_step(crosscoder, jnp.asarray(padded), jnp.asarray(is_valid)))
+    theirs = to_numpy(eval_step(crosscoder, jnp.asarray(acts[:40]), jnp.ones(40, bool)))
+    for name, value in ours.items():
+        if "training" in name:
+            np.testing.assert_array_equal(value, 0, err_msg="BatchTopK would share out k of the padding")
+        else:
+            np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-4, err_msg=name)
+
+
+def test_progress_is_told_the_tokens(crosscoder, view):
+    told = []
+    evaluate(crosscoder, view, batch_size=500, progress=lambda *args: told.append(args))
+    assert (
+        told == [(min(n, view.num_tokens), view.num_tokens, "tokens") for n in (500, 1000, 1500)][: len(told)]
+    )
+    assert told[-1][0] == view.num_tokens
+
+
+def test_progress_of_a_calibration_comes_to_its_end(crosscoder, view):
+    told = []
+    calibrate(crosscoder, view, progress=lambda *args: told.append(args))
+    assert told[-1][0] == told[-1][1]
+    assert [t[0] for t in told] == sorted(t[0] for t in told)
+
+
+def test_calibration_gives_the_k_of_training(crosscoder, view):
+    calibrated = calibrate(crosscoder, view, batch_size=256)
+    threshold = float(calibrated.threshold[...])
+    kept = np.sum(Oracle(crosscoder, view).scores > threshold)
+    assert abs(kept - 3.0 * view.num_tokens) <= 1e-3 * 3.0 * view.num_tokens
+    # The same count by the package's own inference rule.
+    measured = evaluate(calibrated, view, batch_size=256)
+    assert measured["l0_inference_rule"] * view.num_tokens == pytest.approx(kept, abs=1)
+    assert threshold != float(crosscoder.threshold[...])
+
+
+def test_calibration_does_not_depend_on_the_batch_size(crosscoder, view):
+    first, second = (float(calibrate(crosscoder, view, batch_size=n).threshold[...]) for n in (64, 500))
+    assert first == second
+
+
+def test_calibration_changes_a_copy_and_nothing_but_the_threshold(crosscoder, view):
+    before = {
+        k: np.array(getattr(crosscoder, k)[...]) for k in ("w_enc", "b_enc", "w_dec", "b_dec", "threshold")
+    }
+    calibrated = calibrate(crosscoder, view)
+    for name, value in before.items():
+        np.testing.assert_array_equal(getattr(crosscoder, name)[...], value)
+        if name != "threshold":
+            np.testing.assert_array_equal(getattr(calibrated, name)[...], value)
+    assert calibrated.config == crosscoder.config
+
+
+def with_sparsity(crosscoder, sparsity):
+    """The same weights under another rule."""
+    import dataclasses
+
+    config = dataclasses.replace(CONFIG.crosscoder, sparsity=sparsity)
+    other = init_state(dataclasses.replace(CONFIG, crosscoder=config)).crosscoder()
+    for name in ("w_enc", "b_enc", "w_dec", "b_dec", "mean", "scale", "threshold"):
+        getattr(other, name)[...] = getattr(crosscoder, name)[...]
+    return other
+
+
+@pytest.mark.parametrize("k", [0.05, 1.5])
+def test_calibration_reaches_fractional_k(crosscoder, view, k):
+    other = with_sparsity(crosscoder, cc.BatchTopK(k=k))
+    kept = np.sum(Oracle(other, view).scores > float(calibrate(other, view).threshold[...]))
+    # 60 activations at k 0.05: none may be missing.
+    assert abs(kept - k * view.num_tokens) <= max(1e-3 * k * view.num_tokens, 0.5)
+
+
+def test_scores_far_from_one_are_calibrated_too(crosscoder, view):
+    """Without scaling, scores are in raw units: a million and more in the residuals of some models."""
+    large = with_sparsity(crosscoder, cc.BatchTopK(k=3.0))
+    for name in ("w_dec", "w_enc", "b_enc"):
+        getattr(large, name)[...] = getattr(crosscoder, name)[...] * 1e5
+    kept = np.sum(Oracle(large, view).scores > float(calibrate(large, view).threshold[...]))
+    assert abs(kept - 3.0 * view.num_tokens) <= 1e-3 * 3.0 * view.num_tokens
+
+
+def test_a_k_that_cannot_be_reached_is_refused(crosscoder, view):
+    other = with_sparsity(crosscoder, cc.BatchTopK(k=15.9))
+    reachable = np.mean(np.sum(Oracle(other, view).scores > 0, axis=1))
+    with pytest.raises(
+        ValueError, match=rf"k=15\.9 cannot be reached: only {reachable:.2f} latents per token"
+    ):
+        calibrate(other, view)
+
+
+def test_relu_has_nothing_to_calibrate(crosscoder, view):
+    with pytest.raises(ValueError, match="has no k to calibrate for"):
+        calibrate(with_sparsity(crosscoder, cc.ReLU()), view)
+
+
+def test_relu_is_measured_with_every_positive_latent(crosscoder, view):
+    relu = with_sparsity(crosscoder, cc.ReLU())
+    relu.threshold[...] = jnp.float32(0)
+    oracle = Oracle(relu, view)
+    expected = oracle.metrics(oracle.relu > 0)
+    measured = evaluate(relu, view, batch_size=view.num_tokens)
+    assert measured["l0_inference_rule"] == pytest.approx(expected["l0"], rel=1e-12)
+    assert measured["l0_training_rule"] == pytest.approx(expected["l0"], rel=1e-6)
+    assert measured["fve"] == pytest.approx(expected["fve"], rel=1e-5)
+    assert measured["fve_training_rule"] == pytest.approx(measured["fve"], rel=1e-6)
+
+
+def test_a_difference_source_is_measured_on_differences(tmp_path):
+    """A crosscoder of ``chat - base`` measures the same as one that is given the differences stored."""
+    acts = activations(600, (5, 5))
+    pair = TokenView(write_store(tmp_path / "pair", widths=(5, 5), acts=acts))
+    stored = pair.store.sources.entries
+    difference = cc.difference(stored[1], stored[0], name="base")
+    plain = TokenView(write_store(tmp_path / "plain", widths=(5,), acts=acts[:, 5:] - acts[:, :5]))
+    results = []
+    for view, source in ((pair, difference), (plain, cc.Source("base", 5))):
+        config = recipe(sources=cc.Sources((source,)))
+        crosscoder = init_state(config, scale=np.array([0.3], np.float32)).crosscoder()
+        crosscoder.threshold[...] = jnp.float32(0.4)
+        results.append((evaluate(crosscoder, view), float(calibrate(crosscoder, view).threshold[...])))
+    assert results[0] == results[1]
+    assert results[0][0]["fve/base"] == results[0][0]["fve"]
+    assert results[0][0]["l0_inference_rule"] > 0.5
