@@ -22,8 +22,8 @@ class CompensatedSum:
         Knuth, The Art of Computer Programming 2, 4.2.2 (two-sum); Neumaier 1974.
     """
 
-    high: Float[Array, "..."]
-    low: Float[Array, "..."]
+    high: Float[Array | np.ndarray, "..."]
+    low: Float[Array | np.ndarray, "..."]
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], sharding: jax.P | None = None) -> "CompensatedSum":
@@ -51,8 +51,8 @@ class CompensatedSum:
 
 
 def two_sum(
-    a: Float[Array, "..."], b: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    a: Float[Array | np.ndarray, "..."], b: Float[Array | np.ndarray, "..."]
+) -> tuple[Float[Array | np.ndarray, "..."], Float[Array | np.ndarray, "..."]]:
     """Return the rounded sum of ``a`` and ``b`` and, exactly, what the rounding dropped."""
     # XLA keeps the order of float operations, so none of these cancel algebraically.
     total = a + b
