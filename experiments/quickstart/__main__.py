@@ -23,6 +23,7 @@ _LAYER = 14
 def main() -> None:
     """Parse the options and run; every mistake of the user is one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported; our bars show more
     try:
         run(tyro.cli(Quickstart, config=(tyro.conf.FlagConversionOff,)))
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:

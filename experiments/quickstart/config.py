@@ -69,9 +69,9 @@ def crosscoder_command(config: Quickstart) -> Train:
         batch_size=1024,
         learning_rate=2e-3,
         warmup_steps=config.num_steps // 20,
-        decoder_norm=0.1,
-        loss="squared",
-        dead_after_tokens=100_000,
+        decoder_norm=0.2,
+        loss="mean-squared",
+        dead_after_tokens=50_000,
         seed=config.seed,
     )
 

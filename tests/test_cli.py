@@ -1,0 +1,217 @@
+"""The command line: help, typos, config files, and the way from a store to a report."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import training_cases
+
+from crosscoder_jax import cli
+from crosscoder_jax.commands import Train
+from crosscoder_jax.language_models import HarvestConfig, TextSource
+from crosscoder_jax.training.config import TrainConfig
+
+SMALL = shlex.split(
+    "--num-latents 24 --k 3 --num-steps 40 --batch-size 64 --warmup-steps 4 --learning-rate 5e-3 "
+    "--checkpoint-every 20 --held-out 0.25"
+)
+
+
+def fails(capsys, *arguments):
+    """Run a command that must fail; return the exit code and the one line it printed."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return exit_.value.code, printed.err.strip()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "store"
+    training_cases.write_store(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(store, tmp_path_factory):
+    """A run that went through every command up to the report."""
+    folder = tmp_path_factory.mktemp("cli-run") / "run"
+    cli.main(["train", "--store", str(store), "--output", str(folder), *SMALL])
+    for command in ("calibrate", "evaluate", "diff"):
+        cli.main([command, "--run", str(folder)])
+    return folder
+
+
+def test_without_a_command_every_command_is_listed(capsys):
+    cli.main([])
+    printed = capsys.readouterr().out
+    for name in ("harvest", "train", "calibrate", "evaluate", "diff", "report", "encode"):
+        assert f"  {name}" in printed
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_describes_every_option(name, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([name, "--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    for option in cli._option_names(cli.COMMANDS[name].config):
+        assert f"--{option}" in printed
+
+
+def test_a_mistyped_command_is_refused_with_the_nearest(capsys):
+    code, line = fails(capsys, "trian")
+    assert code == 2
+    assert line == "error: no command 'trian': did you mean 'train'?"
+
+
+def test_a_mistyped_option_is_refused_with_the_nearest(capsys):
+    code, line = fails(capsys, "train", "--num-latens", "3")
+    assert code == 1
+    assert line == "error: no option --num-latens: did you mean --num-latents?"
+
+
+def test_a_missing_store_is_one_line(capsys, tmp_path):
+    code, line = fails(capsys, "train", "--store", tmp_path / "none", "--output", tmp_path / "run")
+    assert code == 1
+    assert line.count("\n") == 0
+    assert "none" in line
+
+
+def test_the_saved_config_reads_back_as_the_same_config(run):
+    again = cli.parse("train", ["--config", str(run / "train.command.json")])
+    assert isinstance(again, Train)
+    assert (again.num_latents, again.k, again.held_out) == (24, 3.0, 0.25)
+
+
+def test_options_override_the_config_file(run):
+    again = cli.parse("train", [f"--config={run / 'train.command.json'}", "--k", "5"])
+    assert (again.num_latents, again.k) == (24, 5.0)
+
+
+def test_a_typo_in_a_config_file_is_refused_with_the_nearest(capsys, tmp_path, run):
+    saved = json.loads((run / "train.command.json").read_text())
+    saved["num_latens"] = saved.pop("num_latents")
+    (tmp_path / "typo.json").write_text(json.dumps(saved))
+    code, line = fails(capsys, "train", "--config", tmp_path / "typo.json")
+    assert code == 1
+    assert "no field 'num_latens': did you mean 'num_latents'?" in line
+
+
+def test_texts_are_read_as_label_and_location():
+    options = shlex.split("--store s --base a --chat b --texts novel=moby.jsonl web=some/data?share=2")
+    config = cli.parse("harvest", options)
+    assert isinstance(config, HarvestConfig)
+    assert config.texts == (
+        TextSource("novel", "moby.jsonl"),
+        TextSource("web", "some/data", share=2.0),
+    )
+
+
+def test_a_finished_run_is_left_as_it_is(run, store):
+    before = (run / "crosscoder" / "crosscoder.safetensors").read_bytes()
+    threshold = json.loads((run / "evaluation.json").read_text())["threshold"]
+    cli.main(["train", "--store", str(store), "--output", str(run), *SMALL])
+    cli.main(["calibrate", "--run", str(run)])
+    assert (run / "crosscoder" / "crosscoder.safetensors").read_bytes() == before
+    assert threshold > 0
+
+
+def test_calibration_brings_the_measured_l0_to_k(run):
+    measured = json.loads((run / "evaluation.json").read_text())
+    # 0.1 % of the held-out tokens' k, or one pair where that is less than one.
+    assert abs(measured["l0_inference_rule"] - 3) <= max(3e-3, 1.5 / measured["num_tokens"])
+
+
+def test_the_diff_has_one_row_a_latent(run):
+    rows = (run / "diff" / "latents.csv").read_text().splitlines()
+    assert len(rows) == 1 + 24
+    assert (run / "diff" / "latents.parquet").is_file()
+
+
+def test_the_report_is_one_file_with_the_run_in_it(run, tmp_path):
+    page = tmp_path / "report.html"
+    cli.main(["report", "--runs", str(run), "--output", str(page), "--title", "A <small> test"])
+    text = page.read_text()
+    assert "A &lt;small&gt; test" in text
+    assert "<small> test" not in text
+    assert "src=" not in text.split("<body", 1)[0]
+
+
+def test_a_report_before_the_diff_names_the_command_to_run(capsys, tmp_path, run):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes((run / "config.json").read_bytes())
+    code, line = fails(capsys, "report", "--runs", tmp_path / "run", "--output", tmp_path / "r.html")
+    assert code == 1
+    assert "crosscoder-jax diff" in line
+
+
+def test_encode_writes_indices_values_and_reconstruction(run, tmp_path):
+    acts = np.random.default_rng(0).normal(size=(20, sum(training_cases.WIDTHS))).astype(np.float32)
+    np.save(tmp_path / "acts.npy", acts)
+    options = ["--crosscoder", run / "crosscoder", "--acts", tmp_path / "acts.npy"]
+    cli.main(["encode", *map(str, options), "--output", str(tmp_path / "codes.npz")])
+    with np.load(tmp_path / "codes.npz") as saved:
+        assert saved["indices"].shape == saved["values"].shape
+        assert saved["recon"].shape == acts.shape
+
+
+def test_encoding_a_pickled_array_is_refused(capsys, run, tmp_path):
+    np.save(tmp_path / "acts.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    options = ("--crosscoder", run / "crosscoder", "--acts", tmp_path / "acts.npy")
+    code, line = fails(capsys, "encode", *options, "--output", tmp_path / "codes.npz")
+    assert code == 1
+    assert "not a whole .npy file of numbers" in line
+    assert not (tmp_path / "codes.npz").exists()
+
+
+def test_another_store_of_other_models_is_refused(capsys, run, tmp_path):
+    training_cases.write_store(tmp_path / "other", widths=(3, 3))
+    code, line = fails(capsys, "evaluate", "--run", run, "--store", tmp_path / "other")
+    assert code == 1
+    assert "other models" in line
+
+
+def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
+    code, line = fails(capsys, "diff", "--run", tmp_path)
+    assert code == 1
+    assert "is not a run folder" in line
+
+
+def test_an_unfinished_run_is_refused_by_name(capsys, run, tmp_path):
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    code, line = fails(capsys, "calibrate", "--run", tmp_path)
+    assert code == 1
+    assert "is not finished: run 'train' again" in line
+
+
+def test_the_recipe_of_the_command_holds_every_field_it_was_given(store):
+    options = ["--store", str(store), "--output", "x", *SMALL, "--l1", "0.5", "--loss", "squared"]
+    command = cli.parse("train", options)
+    recipe = command.recipe(training_cases.sources())
+    assert isinstance(recipe, TrainConfig)
+    assert (recipe.num_steps, recipe.batch_size, recipe.learning_rate) == (40, 64, 5e-3)
+    assert recipe.l1 is not None
+    assert recipe.l1.weight == 0.5
+    assert type(recipe.loss).__name__ == "SquaredError"
+    assert type(recipe.crosscoder.sparsity).__name__ == "ReLU"
+
+
+def test_a_difference_needs_two_sources():
+    command = Train(store=Path("s"), output=Path("o"), reads="difference")
+    with pytest.raises(ValueError, match="needs two stored sources"):
+        command.recipe(training_cases.sources((3, 3, 3)))
+
+
+def test_a_difference_run_goes_the_same_way_and_has_no_classes(tmp_path):
+    training_cases.write_store(tmp_path / "store", widths=(5, 5))
+    run = tmp_path / "run"
+    options = ["--store", str(tmp_path / "store"), "--output", str(run), *SMALL, "--reads", "difference"]
+    cli.main(["train", *options])
+    for command in ("calibrate", "evaluate", "diff"):
+        cli.main([command, "--run", str(run)])
+    header = (run / "diff" / "latents.csv").read_text().splitlines()[0]
+    assert "norm_difference" in header
+    assert "latent_class" not in header
