@@ -120,7 +120,7 @@ def encode(config: Encode) -> None:
     import io
 
     from crosscoder_jax.interop.arrays import encode_array
-    from crosscoder_jax.interop.published import load, load_provenance
+    from crosscoder_jax.publishing import load, load_provenance
     from crosscoder_jax.sources import Sources
 
     crosscoder = load(config.crosscoder)

@@ -1,4 +1,4 @@
-"""Crosscoders as files."""
+"""Crosscoders and the files and arrays of other programs."""
 
-from crosscoder_jax.interop.published import load as load
-from crosscoder_jax.interop.published import save as save
+from crosscoder_jax.interop.arrays import EncodedArray as EncodedArray
+from crosscoder_jax.interop.arrays import encode_array as encode_array

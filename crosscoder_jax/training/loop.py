@@ -24,7 +24,7 @@ from crosscoder_jax.activations.store import ActivationStore
 from crosscoder_jax.activations.view import TokenView, spread_sample
 from crosscoder_jax.configs import config_differences, config_to_json
 from crosscoder_jax.crosscoder import Crosscoder
-from crosscoder_jax.interop.published import load, save
+from crosscoder_jax.publishing import load, save
 from crosscoder_jax.sharding import Shardings, check_divisible
 from crosscoder_jax.sources import Sources
 from crosscoder_jax.training.checkpoint import Checkpoints

@@ -10,7 +10,7 @@ from crosscoder_jax.activations.store import ActivationStore
 from crosscoder_jax.activations.view import TokenView
 from crosscoder_jax.configs import config_from_json
 from crosscoder_jax.crosscoder import Crosscoder
-from crosscoder_jax.interop.published import load, load_provenance, save
+from crosscoder_jax.publishing import load, load_provenance, save
 from crosscoder_jax.training.config import TrainConfig
 
 

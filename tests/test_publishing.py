@@ -11,8 +11,8 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialize
 
 import crosscoder_jax as cc
-from crosscoder_jax.interop import published
-from crosscoder_jax.interop.published import load, load_provenance, save
+from crosscoder_jax import publishing
+from crosscoder_jax.publishing import load, load_provenance, save
 from crosscoder_jax.sharding import Shardings, make_mesh
 
 
@@ -42,7 +42,7 @@ def replace_weights(folder, tensors):
     """Put other tensors in, with a config that names them as its own."""
     data = serialize(tensors)
     (folder / "crosscoder.safetensors").write_bytes(data)
-    edit_config(folder, weights_sha256=published.hashlib.sha256(data).hexdigest())
+    edit_config(folder, weights_sha256=publishing.hashlib.sha256(data).hexdigest())
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_folder_holds_two_files_and_the_provenance(saved):
     assert load_provenance(saved) == {"layer": 13}
     document = json.loads((saved / "config.json").read_text())
     assert document["format"] == "crosscoder_jax"
-    assert document["format_version"] == published.FORMAT_VERSION
+    assert document["format_version"] == publishing.FORMAT_VERSION
 
 
 def test_saving_again_replaces_the_old_crosscoder(saved):
@@ -129,7 +129,7 @@ def test_a_save_stopped_between_the_two_files_is_refused(saved, tmp_path, monkey
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(published, "write_json_atomically", stop)
+    monkeypatch.setattr(publishing, "write_json_atomically", stop)
     with pytest.raises(KeyboardInterrupt):
         save(random_crosscoder(1), folder)
     message = "config.json: is missing" if is_first_save else "holds other weights than config.json"
