@@ -16,6 +16,9 @@ PARAMETERS = ("w_enc", "b_enc", "w_dec", "b_dec")
 VARIABLES = (*PARAMETERS, "mean", "scale", "threshold")
 
 
+NO_MESH = cc.Shardings()
+
+
 def two_sources(base=3, chat=3):
     return cc.Sources((cc.Source("base", base), cc.Source("chat", chat)))
 
@@ -24,7 +27,7 @@ def config(sources=None, num_latents=16, **changes):
     return cc.CrosscoderConfig(sources or two_sources(), num_latents=num_latents, **changes)
 
 
-def random_crosscoder(seed=0, *, shardings=cc.Shardings(), threshold=0.0, **changes):
+def random_crosscoder(seed=0, *, shardings=NO_MESH, threshold=0.0, **changes):
     """A crosscoder in which nothing is zero, one or tied; nothing is compiled to make it."""
     the_config = config(**changes)
     crosscoder = nnx.eval_shape(lambda: cc.Crosscoder(the_config, key=jax.random.key(0), shardings=shardings))

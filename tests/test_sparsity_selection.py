@@ -155,10 +155,21 @@ def test_passes_stay_bounded_for_scores_made_to_defeat_interpolation(count):
     check(scores, count, 3e38)
 
 
-def test_more_scores_than_an_int32_counts_are_refused():
-    scores = jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)
-    with pytest.raises(ValueError, match=r"scores.size=2147483648 cannot be counted"):
-        jax.eval_shape(top_scores_cut, scores, jax.ShapeDtypeStruct((), jnp.int32))
+def test_more_scores_than_an_int32_counts_are_accepted():
+    scores = jax.ShapeDtypeStruct((2**17, 2**17), jnp.float32)
+    cut = jax.eval_shape(top_scores_cut, scores, jax.ShapeDtypeStruct((), jnp.int32))
+    assert cut.shape == ()
+
+
+@pytest.mark.parametrize("count", [1, 17, 99])
+def test_counting_row_by_row_and_stopping_early_finds_the_same_cut(count, monkeypatch):
+    # 400 of the 600 scores are positive, so counts saturate at 100 for low cuts, and the search must
+    # still find every cut that keeps fewer.
+    monkeypatch.setattr(selection, "INT32_SCORES", 10)
+    monkeypatch.setattr(selection, "MOST_KEPT", 100)
+    scores = np.random.default_rng(count).permutation(np.arange(600.0, dtype=np.float32) - 199).clip(0)
+    cut = top_scores_cut(jnp.asarray(scores.reshape(20, 30)), jnp.int32(count))
+    assert cut == np.sort(scores)[-count]
 
 
 @pytest.mark.parametrize("shape", MESHES)

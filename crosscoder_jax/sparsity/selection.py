@@ -19,7 +19,11 @@ from crosscoder_jax.typing import Latents, Mask, PerLatent, Scalar
 SMALLEST_SCORE = float(jnp.finfo(jnp.float32).tiny)
 """Scores below the smallest normal float32 count as zero: hardware may flush them."""
 
-_MOST_SCORES = 2**31 - 1
+INT32_SCORES = 2**31 - 1
+"""More scores than this are counted row by row."""
+
+MOST_KEPT = 2**30
+"""No more scores than this can be asked for; a count that reaches it stops there."""
 
 
 class SparseCode(NamedTuple):
@@ -58,20 +62,12 @@ def top_scores_cut(
 
     Args:
         scores: float32, not negative, no NaN.
-        count: how many to keep.
+        count: how many to keep, below 2^30.
         guess: a cut to try first, such as the running threshold; saves passes, changes nothing.
 
     Returns:
         The cut, float32; ``inf`` if ``count`` is 0 or no score is positive.
-
-    Raises:
-        ValueError: if there are more scores than an int32 can count.
     """
-    if scores.size > _MOST_SCORES:
-        raise ValueError(
-            f"scores.size={scores.size} cannot be counted in int32: use a smaller batch, "
-            f"at most {_MOST_SCORES} scores"
-        )
     found = _search(scores, count, jnp.float32(0) if guess is None else guess.astype(jnp.float32))
     kept = scores >= _from_ordered(found.low)
     cut = jnp.min(jnp.where(kept, scores, jnp.inf))
@@ -158,7 +154,14 @@ def _propose(bracket: _Bracket, count: Int[Array, ""], first: Scalar) -> Int[Arr
 
 
 def _count_reaching(scores: Array, cut: Scalar) -> Int[Array, ""]:
-    return jnp.sum(scores >= cut, dtype=jnp.int32)
+    reaching = scores >= cut
+    if scores.size <= INT32_SCORES:
+        return jnp.sum(reaching, dtype=jnp.int32)
+    # A pod's batch can hold more scores than an int32 counts, but no row does. The float sum of the
+    # rows is right to a thousandth, which tells whether the exact sum overflows.
+    rows = jnp.sum(reaching, axis=-1, dtype=jnp.int32)
+    is_countable = jnp.sum(rows.astype(jnp.float32)) < MOST_KEPT
+    return jnp.where(is_countable, jnp.sum(rows, dtype=jnp.int32), MOST_KEPT)
 
 
 def _to_ordered(value: Array) -> Array:

@@ -77,8 +77,8 @@ def _harvest_command(config: Quickstart, base: str, chat: str, texts: Path) -> H
         texts=tuple(TextSource(label, str(texts / f"{label}.compare.jsonl")) for label in LABELS),
         layers=None if layer is None else (layer,),
         max_tokens=config.tokens,
-        context=128,
-        is_split=True,
+        skip_positions=4,  # the first words of a text are unlike all others, and so is the change there
+        context=256,  # one window a document: many documents, so that errors between them can be told
         outlier_multiple=5.0,
     )
 
