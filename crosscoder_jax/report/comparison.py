@@ -181,10 +181,23 @@ def _source(name: str, entry: Mapping[str, Any]) -> ComparedSource:
     return ComparedSource(
         name=name,
         model=known.get("model", "not recorded"),
-        revision=known.get("revision", "not recorded"),
+        revision=short_revision(known.get("revision", "not recorded")),
         hook_point=known.get("hook_point", "not recorded"),
         width=known.get("width", "not recorded"),
     )
+
+
+def short_revision(revision: str) -> str:
+    """Give enough of a commit or a checksum to tell it from others; the config below has the whole.
+
+    Examples:
+        >>> short_revision("sha256:36e3c1e8720348fdea679f9c610446dc")
+        'sha256:36e3c1e87203'
+        >>> short_revision("main")
+        'main'
+    """
+    kind, colon, digits = revision.rpartition(":")
+    return f"{kind}{colon}{digits[:12]}"
 
 
 def _held_out(method: Method) -> float | None:
