@@ -59,7 +59,7 @@ def encode_array(
 def _concatenated(acts: np.ndarray, stored: Sources) -> np.ndarray:
     shape = (len(stored), stored.widths[0])
     if acts.ndim == 3 and len(set(stored.widths)) == 1 and acts.shape[1:] == shape:
-        return acts.reshape(len(acts), -1)
+        return acts.reshape(len(acts), stored.width)
     if acts.ndim == 2 and acts.shape[1] == stored.width:
         return acts
     widths = dict(zip(stored.names, stored.widths, strict=True))
