@@ -33,7 +33,7 @@ class MeanSquaredError:
 
     Of scaled and centred sources this is about the fraction of variance unexplained, the scale on
     which the weight 1/32 of :class:`AuxK` was chosen. Scale matters: a latent that dies keeps Adam's
-    second moment of when it lived, and an AuxK that is a thousandth of the main loss cannot move it.
+    second moment of when it lived, and an AuxK that is a thousandth of the main loss hardly moves it.
 
     References:
         Gao et al. 2024, arXiv 2406.04093.

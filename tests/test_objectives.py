@@ -11,7 +11,7 @@ from core_cases import MESHES, PARAMETERS, arrays, config, golden, random_crossc
 from flax import nnx
 
 import crosscoder_jax as cc
-from crosscoder_jax.objectives import AuxK, ErrorNorm, L1OfNorms, SquaredError
+from crosscoder_jax.objectives import AuxK, ErrorNorm, L1OfNorms, MeanSquaredError, SquaredError
 from crosscoder_jax.sharding import Shardings, make_mesh
 
 BATCH = 16
@@ -29,6 +29,12 @@ def test_squared_error_sums_over_sources_and_averages_over_tokens():
     residual = jnp.array([[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]])
     # (1 + 4 + 4 + 9 + 16) / 2 tokens
     assert SquaredError()(residual, two_sources(1, 2)) == 17.0
+
+
+def test_mean_squared_error_averages_over_tokens_and_coordinates():
+    # (1 + 4 + 9 + 16 + 25 + 36) / 6 coordinates of two tokens
+    residual = jnp.array([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
+    assert np.isclose(MeanSquaredError()(residual, two_sources(1, 2)), 91 / 6)
 
 
 def test_error_norm_averages_the_norms_of_sources_and_tokens():

@@ -38,7 +38,7 @@ class Quickstart:
     compare_l1: bool = False
     """Also train an L1 crosscoder on the same batches."""
     l1: float = 0.06
-    """Weight of its penalty, chosen to reach an L0 near that of the BatchTopK crosscoder."""
+    """Weight of its penalty, not tuned yet: compare the L0 it reaches before comparing latents."""
     seed: int = 0
     """Of everything random."""
 
@@ -58,7 +58,8 @@ def crosscoder_command(config: Quickstart) -> Train:
     """Return the BatchTopK crosscoder: a recipe for few tokens on a small machine.
 
     The published learning rate and warm-up belong to 100,000 steps; a thousand steps need a higher rate.
-    Decoders start small, so that a latent's share in each model is grown and not left over.
+    Decoders start small, so that a latent's share in each model is grown and not left over from
+    the start; the effect of this alone has not been measured.
     """
     return Train(
         store=config.folder / "store",
