@@ -4,8 +4,7 @@ The names here are what research code needs. Rooms that need more than numpy, ja
 (the store, the language models, the report) are imported when first touched.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from crosscoder_jax.crosscoder import Crosscoder as Crosscoder
 from crosscoder_jax.crosscoder import CrosscoderConfig as CrosscoderConfig
@@ -15,6 +14,7 @@ from crosscoder_jax.diffing import decoder_cosine as decoder_cosine
 from crosscoder_jax.diffing import decoder_norms as decoder_norms
 from crosscoder_jax.diffing import delta_norm as delta_norm
 from crosscoder_jax.diffing import latent_scaling as latent_scaling
+from crosscoder_jax.lazy import lazy_members
 from crosscoder_jax.metrics import explained_variance as explained_variance
 from crosscoder_jax.metrics import l0 as l0
 from crosscoder_jax.metrics import reconstruction_sums as reconstruction_sums
@@ -55,21 +55,12 @@ if TYPE_CHECKING:
     from crosscoder_jax.interop.formats import save as save
     from crosscoder_jax.interop.hub import push_to_hub as push_to_hub
 
-_LAZY = {
-    "ActivationStore": "crosscoder_jax.activations.store",
-    "load": "crosscoder_jax.interop.formats",
-    "push_to_hub": "crosscoder_jax.interop.hub",
-    "save": "crosscoder_jax.interop.formats",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import the rooms that need more than numpy, jax, flax and optax when they are first used."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'crosscoder_jax' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    """Name the lazy members too."""
-    return sorted([*globals(), *_LAZY])
+__getattr__, __dir__ = lazy_members(
+    __name__,
+    {
+        "ActivationStore": "activations.store",
+        "load": "interop.formats",
+        "push_to_hub": "interop.hub",
+        "save": "interop.formats",
+    },
+)

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "crosscoder_jax"
 
 ROOMS = [
+    "lazy",
     "typing",
     "configs",
     "sources",
@@ -131,17 +132,24 @@ def test_importing_the_package_brings_in_no_heavy_library():
     assert ours & {"torch", "transformers", "datasets", "grain", "plotly", "pandas", "pyarrow"} == set()
 
 
+def test_loading_a_crosscoder_brings_in_no_store():
+    ours = modules_after("import crosscoder_jax; crosscoder_jax.load")
+    assert "safetensors" in ours
+    assert ours & {"torch", "tensorstore", "grain", "pyarrow"} == set()
+
+
 def seconds_to_import(modules):
     # Processor time: what else the machine is doing does not count.
     code = "import time; t = time.process_time(); import {}; print(time.process_time() - t)"
     return float(run_fresh(code.format(modules)))
 
 
-def test_importing_the_package_takes_little_longer_than_its_foundations():
-    # In turns and best of three each, so that a busy machine slows both alike.
-    pairs = [(seconds_to_import("jax, flax, optax"), seconds_to_import("crosscoder_jax")) for _ in range(3)]
-    foundations, ours = (min(times) for times in zip(*pairs, strict=True))
-    assert ours <= 1.75 * foundations, f"{ours:.2f} s against {foundations:.2f} s"
+def test_importing_the_package_takes_little_longer_than_importing_jax():
+    # In turns and best of three each, so that a busy machine slows both alike. Measured: 1.7 times as
+    # long, of which flax and optax are 0.4.
+    pairs = [(seconds_to_import("jax"), seconds_to_import("crosscoder_jax")) for _ in range(3)]
+    jax, ours = (min(times) for times in zip(*pairs, strict=True))
+    assert ours <= 2.5 * jax, f"{ours:.2f} s against {jax:.2f} s"
 
 
 @pytest.mark.parametrize("name", ["ActivationStore", "load", "save", "push_to_hub"])

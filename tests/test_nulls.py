@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.nulls.__main__ import update_readme
 from experiments.nulls.config import Nulls, recipe
 from experiments.nulls.data import DOCUMENT_TOKENS, planted
 from experiments.nulls.measure import COLUMNS, SAME, SEEDS, broken_expectations, measure, table_rows
@@ -94,19 +93,3 @@ def test_seeds_share_the_data(found):
     sources = found.runs[SAME].crosscoder.config.sources
     first, second = (recipe(SMALL, sources, seed) for seed in (0, 1))
     assert (first.order_seed, second.order_seed) == (0, 0)
-
-
-def test_the_table_of_the_readme_is_replaced_and_nothing_else(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("before\n<!-- begin table -->\nold\n<!-- end table -->\nafter\n")
-    for _ in range(2):
-        update_readme([("a run", *"123456")], path)
-    lines = path.read_text().splitlines()
-    assert [lines[0], lines[1], *lines[-2:]] == [
-        *("before", "<!-- begin table -->", "<!-- end table -->", "after"),
-    ]
-    assert lines[2] == f"| {' | '.join(COLUMNS)} |"
-    assert lines[4:-2] == ["| a run | 1 | 2 | 3 | 4 | 5 | 6 |"]
-    path.write_text("no marks")
-    with pytest.raises(ValueError, match="has no place for the table"):
-        update_readme([], path)

@@ -191,7 +191,7 @@ def test_intervals_are_student_ts():
 
 
 def test_seeds_trained_together_equal_seeds_trained_alone():
-    config = recipe("BatchTopK", "small", WORLD, num_latents=56, num_tokens=20 * 512)
+    config = recipe("BatchTopK", WORLD, num_latents=56, num_tokens=20 * 512)
     together = trial.train_seeds(config, WORLD, range(2))
     for seed in range(2):
         (alone,) = trial.train_seeds(config, WORLD, range(seed, seed + 1))
@@ -204,7 +204,7 @@ def test_seeds_trained_together_equal_seeds_trained_alone():
 
 
 def test_an_ablation_changes_one_thing_and_keeps_the_tokens():
-    config = recipe("BatchTopK", "small", WORLD, num_latents=56, num_tokens=100 * 2048)
+    config = recipe("BatchTopK", WORLD, num_latents=56, num_tokens=100 * 2048)
     for name in ABLATIONS:
         changed = ablated(config, name)
         assert changed.num_steps * changed.batch_size == config.num_steps * config.batch_size
@@ -213,7 +213,7 @@ def test_an_ablation_changes_one_thing_and_keeps_the_tokens():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_is_measured(method):
-    config = recipe(method, "small", WORLD, num_latents=56, num_tokens=40 * 512)
+    config = recipe(method, WORLD, num_latents=56, num_tokens=40 * 512)
     (trained,) = trial.train_seeds(config, WORLD, range(1))
     result = trial.measure(trained, WORLD)
     assert 0 < result.fve < 1

@@ -4,8 +4,7 @@ The functions on arrays need numpy and jax only; those that read a store, write 
 imported when first touched.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from crosscoder_jax.diffing.decoder_norms import Cutoffs as Cutoffs
 from crosscoder_jax.diffing.decoder_norms import LatentClass as LatentClass
@@ -31,6 +30,7 @@ from crosscoder_jax.diffing.latent_scaling import scaling_decoders as scaling_de
 from crosscoder_jax.diffing.latent_scaling import update_scaling as update_scaling
 from crosscoder_jax.diffing.verdicts import Verdict as Verdict
 from crosscoder_jax.diffing.verdicts import verdicts as verdicts
+from crosscoder_jax.lazy import lazy_members
 
 if TYPE_CHECKING:
     from crosscoder_jax.diffing.diff import DiffConfig as DiffConfig
@@ -43,21 +43,17 @@ if TYPE_CHECKING:
     from crosscoder_jax.diffing.table import DiffResult as DiffResult
     from crosscoder_jax.diffing.table import write_diff as write_diff
 
-_LAZY = {
-    "DiffConfig": "crosscoder_jax.diffing.diff",
-    "diff_run": "crosscoder_jax.diffing.diff",
-    "Matches": "crosscoder_jax.diffing.matching",
-    "Recurrence": "crosscoder_jax.diffing.matching",
-    "match_latents": "crosscoder_jax.diffing.matching",
-    "matching_decoders": "crosscoder_jax.diffing.matching",
-    "recurrence": "crosscoder_jax.diffing.matching",
-    "DiffResult": "crosscoder_jax.diffing.table",
-    "write_diff": "crosscoder_jax.diffing.table",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what needs more than numpy and jax when it is first used."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'crosscoder_jax.diffing' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_members(
+    __name__,
+    {
+        "DiffConfig": "diff",
+        "diff_run": "diff",
+        "Matches": "matching",
+        "Recurrence": "matching",
+        "match_latents": "matching",
+        "matching_decoders": "matching",
+        "recurrence": "matching",
+        "DiffResult": "table",
+        "write_diff": "table",
+    },
+)

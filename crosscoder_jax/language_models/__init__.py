@@ -5,13 +5,13 @@ command line can describe itself anywhere; everything that needs torch is import
 for the extra ``lm`` where it is missing.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from crosscoder_jax.language_models.config import HarvestConfig as HarvestConfig
 from crosscoder_jax.language_models.config import ModelReference as ModelReference
 from crosscoder_jax.language_models.config import SpliceConfig as SpliceConfig
 from crosscoder_jax.language_models.config import TextSource as TextSource
+from crosscoder_jax.lazy import lazy_members
 
 if TYPE_CHECKING:
     from crosscoder_jax.language_models.capture import capture_residuals as capture_residuals
@@ -31,33 +31,33 @@ if TYPE_CHECKING:
     from crosscoder_jax.language_models.torch_files import write_torch_file as write_torch_file
     from crosscoder_jax.language_models.vocabulary import vocabulary_bytes as vocabulary_bytes
 
-_ROOM = "crosscoder_jax.language_models"
-_LAZY = {
-    "capture_residuals": "capture",
-    "check_capture": "capture",
-    "find_blocks": "capture",
-    "Window": "documents",
-    "WindowStream": "documents",
-    "harvest": "harvesting",
-    "ModelFacts": "loading",
-    "load_model": "loading",
-    "load_tokenizer": "loading",
-    "read_facts": "loading",
-    "evaluate_spliced": "recovered",
-    "check_tokenizers_agree": "tokenizers",
-    "read_torch_file": "torch_files",
-    "read_torch_tensor": "torch_files",
-    "write_torch_file": "torch_files",
-    "vocabulary_bytes": "vocabulary",
-}
+_get_member, __dir__ = lazy_members(
+    __name__,
+    {
+        "capture_residuals": "capture",
+        "check_capture": "capture",
+        "find_blocks": "capture",
+        "Window": "documents",
+        "WindowStream": "documents",
+        "harvest": "harvesting",
+        "ModelFacts": "loading",
+        "load_model": "loading",
+        "load_tokenizer": "loading",
+        "read_facts": "loading",
+        "evaluate_spliced": "recovered",
+        "check_tokenizers_agree": "tokenizers",
+        "read_torch_file": "torch_files",
+        "read_torch_tensor": "torch_files",
+        "write_torch_file": "torch_files",
+        "vocabulary_bytes": "vocabulary",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs torch at first use, and say which extra brings it."""
-    if name not in _LAZY:
-        raise AttributeError(f"module {_ROOM!r} has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(f"{_ROOM}.{_LAZY[name]}"), name)
+        return _get_member(name)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("crosscoder_jax"):
             raise

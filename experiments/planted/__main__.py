@@ -74,7 +74,7 @@ def run(config: Planted, world_name: str, method: str) -> list[Row]:
     num_tokens = config.num_tokens or (2_300_000 if world_name == "reference" else 600_000)
     num_latents = 2 * sum(world.counts) if world_name != "reference" else 1024
     base = "BatchTopK" if method in ABLATIONS else method
-    train_config = recipe(base, world_name, world, num_latents=num_latents, num_tokens=num_tokens)
+    train_config = recipe(base, world, num_latents=num_latents, num_tokens=num_tokens)
     if method in ABLATIONS:
         train_config = ablated(train_config, method)
     started = time.monotonic()

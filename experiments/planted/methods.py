@@ -22,12 +22,9 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """What is changed in the BatchTopK recipe, one thing at a time; the tokens stay the same."""
 
-_L1_WEIGHTS: Mapping[str, float] = {"small": 1.0, "hard": 1.0, "reference": 1.0}
-"""Found by trying, for the wanted L0."""
 
-
-def recipe(method: str, name: str, world: World, *, num_latents: int, num_tokens: int) -> TrainConfig:
-    """Return the recipe of a method on the world called ``name``, for an L0 of the world's."""
+def recipe(method: str, world: World, *, num_latents: int, num_tokens: int) -> TrainConfig:
+    """Return the recipe of a method for an L0 of the world's; that of L1 follows from its weight."""
     k = world.mean_l0
     num_steps = num_tokens // BATCH_SIZE
     warmup_steps = num_steps // 20
@@ -44,7 +41,7 @@ def recipe(method: str, name: str, world: World, *, num_latents: int, num_tokens
     sparsity, changes = {
         "L1": (
             cc.ReLU(),
-            {"l1": cc.L1OfNorms(_L1_WEIGHTS[name], warmup_steps), "aux_k": None, "loss": cc.SquaredError()},
+            {"l1": cc.L1OfNorms(1.0, warmup_steps), "aux_k": None, "loss": cc.SquaredError()},
         ),
         "TopK": (cc.TopK(round(k)), {}),
         "BatchTopK": (cc.BatchTopK(k), {}),

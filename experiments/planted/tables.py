@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.planted.scores import Claims
+from experiments.readme import markdown_table, replace_section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,8 +117,7 @@ def write_results(rows: Sequence[Row], folder: Path) -> None:
 def markdown(rows: Sequence[Row]) -> str:
     """Return the table as markdown."""
     head = ("world", "method", "claimed by", "FVE", "L0", "dead", "precision", "recall", "F1")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row.cells()) + " |" for row in rows)]) + "\n"
+    return markdown_table(head, [row.cells() for row in rows])
 
 
 def update_readme(rows: Sequence[Row], section: str, readme: Path = README) -> None:
@@ -126,16 +126,11 @@ def update_readme(rows: Sequence[Row], section: str, readme: Path = README) -> N
     Raises:
         ValueError: if the README has no such section.
     """
-    text, begin, end = readme.read_text(), f"<!-- begin {section} -->\n", f"<!-- end {section} -->"
-    if begin not in text or end not in text:
-        raise ValueError(f"{readme}: has no section between {begin.strip()!r} and {end!r}: add the two lines")
-    before, rest = text.split(begin, 1)
-    figure = f"{section}.png"
     seconds = sum({(row.world, row.method): row.seconds for row in rows}.values())
     minutes = f"{rows[0].num_seeds} seeds, {seconds / 60:.0f} minutes in all."
+    figure = f"{section}.png"
+    replace_section(readme, section, f"{markdown(rows)}\n{minutes}\n\n![precision and recall]({figure})\n")
     _write_figure(rows, readme.with_name(figure))
-    section_text = f"{markdown(rows)}\n{minutes}\n\n![precision and recall]({figure})\n"
-    readme.write_text(before + begin + section_text + end + rest.split(end, 1)[1])
 
 
 def _write_csv(rows: Sequence[Row], path: Path) -> None:
