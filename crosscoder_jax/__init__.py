@@ -22,6 +22,7 @@ from crosscoder_jax.objectives import AuxK as AuxK
 from crosscoder_jax.objectives import ErrorNorm as ErrorNorm
 from crosscoder_jax.objectives import L0Penalty as L0Penalty
 from crosscoder_jax.objectives import L1OfNorms as L1OfNorms
+from crosscoder_jax.objectives import Matryoshka as Matryoshka
 from crosscoder_jax.objectives import MeanSquaredError as MeanSquaredError
 from crosscoder_jax.objectives import SquaredError as SquaredError
 from crosscoder_jax.sharding import Shardings as Shardings

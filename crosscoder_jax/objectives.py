@@ -1,6 +1,7 @@
-"""What training minimises: reconstruction losses, the L1-of-norms penalty and AuxK."""
+"""What training minimises: reconstruction losses, nested prefixes, sparsity penalties and AuxK."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.sharding import reshard
 from crosscoder_jax.sources import Sources, safe_norm
 from crosscoder_jax.sparsity import JumpReLU, ranking_scores, top_scores_per_row
 from crosscoder_jax.typing import Acts, Code, Latents, PerLatent, Scalar, ScoreWeights
@@ -63,6 +65,64 @@ class ErrorNorm:
 
 Reconstruction = SquaredError | MeanSquaredError | ErrorNorm
 """Every reconstruction loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matryoshka:
+    """Let nested prefixes of the dictionary reconstruct on their own, so that the first latents are general.
+
+    The reconstruction loss becomes its mean over the prefixes. Latents are selected once, over the whole
+    dictionary: a prefix decodes those of the selected that it holds. Each prefix but the whole costs one
+    more decoding.
+
+    Raises:
+        ValueError: if the shares do not ascend to 1.
+
+    References:
+        Bussmann et al. 2025, arXiv 2503.17547, which takes the sum.
+    """
+
+    shares: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Of the latents, of each prefix; the last is the whole dictionary."""
+
+    def __post_init__(self) -> None:
+        ascending = (0.0, *self.shares)
+        if any(low >= high for low, high in itertools.pairwise(ascending)) or ascending[-1] != 1:
+            raise ValueError(f"shares={self.shares} must be positive and ascend to 1, such as (0.25, 1)")
+
+    def sizes(self, num_latents: int) -> tuple[int, ...]:
+        """Return how many latents each prefix has.
+
+        Raises:
+            ValueError: if a prefix would be empty, or no larger than the one before it.
+        """
+        sizes = tuple(round(share * num_latents) for share in self.shares)
+        if any(low >= high for low, high in itertools.pairwise((0, *sizes))):
+            raise ValueError(
+                f"shares={self.shares} of num_latents={num_latents} are prefixes of {sizes} latents, which "
+                "do not grow: give fewer shares"
+            )
+        return sizes
+
+    def __call__(
+        self, crosscoder: Crosscoder, normalized: Acts, code: Code, recon: Acts, loss: Reconstruction
+    ) -> Scalar:
+        """Return the mean over the prefixes of a reconstruction loss.
+
+        Args:
+            crosscoder: whose decoders are used.
+            normalized: what is to be reconstructed, normalised units.
+            code: of this batch, at the training rule.
+            recon: of the whole code, normalised units.
+            loss: of each prefix.
+        """
+        sources, num_latents = crosscoder.config.sources, crosscoder.config.num_latents
+        index = reshard(jnp.arange(num_latents), crosscoder.shardings.per_latent_l)
+        losses = [loss(normalized - recon, sources)]
+        for size in self.sizes(num_latents)[:-1]:
+            within = jnp.where(index < size, code, jnp.zeros_like(code))
+            losses.append(loss(normalized - crosscoder.decode_normalized(within), sources))
+        return jnp.mean(jnp.stack(losses))
 
 
 @dataclasses.dataclass(frozen=True)

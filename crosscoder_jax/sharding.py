@@ -82,6 +82,11 @@ def place(values: np.ndarray | Array, spec: P | None) -> Array:
     return jnp.asarray(values) if spec is None else jax.device_put(values, spec)
 
 
+def reshard(values: Array, spec: P | None) -> Array:
+    """Lay values out anew within a compiled function, or leave them without a mesh."""
+    return values if spec is None else jax.reshard(values, spec)
+
+
 def check_divisible(name: str, value: int, mesh: Mesh | None, axis: str) -> None:
     """Refuse a size that does not spread evenly over a mesh axis.
 

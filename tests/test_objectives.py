@@ -345,6 +345,46 @@ def aux_value_and_grads(crosscoder, x, is_dead):
     return nnx.value_and_grad(lambda c: aux_loss(c, x, is_dead, aux_k)[0])(crosscoder)
 
 
+def prefix_loss(crosscoder, x, matryoshka):
+    code = crosscoder.training_code(crosscoder.pre_acts(x)).code
+    return matryoshka(crosscoder, x, code, crosscoder.decode_normalized(code), cc.SquaredError())
+
+
+def test_the_prefixes_of_a_matryoshka_are_reconstructions_of_the_first_latents():
+    crosscoder = random_crosscoder()
+    x = random_acts(crosscoder)
+    code = np.asarray(crosscoder.training_code(crosscoder.pre_acts(x)).code, np.float64)
+    w_dec, b_dec = (np.asarray(getattr(crosscoder, name)[...], np.float64) for name in ("w_dec", "b_dec"))
+    losses = []
+    for size in (2, 8, 16):  # of 16 latents
+        residual = np.asarray(x) - (code[:, :size] @ w_dec[:size] + b_dec)
+        losses.append((residual**2).sum(axis=1).mean())
+    found = prefix_loss(crosscoder, x, cc.Matryoshka((1 / 8, 1 / 2, 1.0)))
+    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-6)
+
+
+def test_one_prefix_that_is_the_whole_dictionary_is_no_matryoshka():
+    crosscoder = random_crosscoder()
+    x = random_acts(crosscoder)
+    code = crosscoder.training_code(crosscoder.pre_acts(x)).code
+    expected = cc.SquaredError()(x - crosscoder.decode_normalized(code), crosscoder.config.sources)
+    assert prefix_loss(crosscoder, x, cc.Matryoshka((1.0,))) == expected
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_a_matryoshka_on_a_mesh_equals_one_device(shape):
+    value_and_grads = jax.jit(nnx.value_and_grad(prefix_loss), static_argnums=2)
+    matryoshka = cc.Matryoshka((0.3, 1.0))  # 5 of 16 latents: the cut runs through a shard
+    single, mesh = random_crosscoder(), make_mesh(*shape)
+    x = random_acts(single)
+    expected = value_and_grads(single, x, matryoshka)
+    with jax.set_mesh(mesh):
+        sharded = random_crosscoder(shardings=Shardings.for_mesh(mesh))
+        found = value_and_grads(sharded, jax.device_put(x, sharded.shardings.acts_bw), matryoshka)
+    # Sums over shards are taken in another order: a few units in the last place of float32.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+
+
 @pytest.mark.parametrize("shape", MESHES)
 def test_aux_k_on_a_mesh_equals_one_device(shape):
     single = random_crosscoder()
@@ -368,6 +408,12 @@ def test_aux_k_on_a_mesh_equals_one_device(shape):
     [
         (lambda: L1OfNorms(-1.0), "weight=-1.0"),
         (lambda: L1OfNorms(1.0, warmup_steps=-1), "warmup_steps=-1"),
+        (
+            lambda: cc.Matryoshka((0.5, 0.5, 1.0)),
+            r"shares=\(0.5, 0.5, 1.0\) must be positive and ascend to 1",
+        ),
+        (lambda: cc.Matryoshka((0.5,)), "must be positive and ascend to 1"),
+        (lambda: cc.Matryoshka((0.01, 1.0)).sizes(16), r"num_latents=16 are prefixes of \(0, 16\) latents"),
         (lambda: AuxK(weight=-1.0), "weight=-1.0 must not be negative"),
         (lambda: AuxK(k_aux=0), "k_aux=0 must be positive; leave AuxK out"),
         (lambda: AuxK(dead_after_tokens=0), "dead_after_tokens=0 must be positive"),

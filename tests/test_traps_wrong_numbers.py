@@ -2,7 +2,7 @@
 
 The first line of a docstring is the trap, with the issue where it was found: SL is SAELens, DL the
 dictionary_learning family, SP sparsify, OM Language-Model-SAEs, SA sparsity-artifacts-crosscoders, DT
-diffing-toolkit. One trap has no counterpart here: a top-k per Matryoshka level (SL#571); there are none.
+diffing-toolkit.
 """
 
 import dataclasses
@@ -297,6 +297,20 @@ def test_the_selection_is_over_the_whole_batch_and_dictionary(mesh, rows, column
     expected = np.zeros((16, 16), bool)
     expected[rows, columns] = True
     np.testing.assert_array_equal(np.asarray(code) > 0, expected)
+
+
+def test_nested_prefixes_share_one_selection():
+    """One top-k per Matryoshka level (SL#571)."""
+    batch = jnp.asarray(activations(BATCH))
+    codes = {}
+    for matryoshka in (None, cc.Matryoshka((0.25, 0.5, 1.0))):
+        config = recipe(sparsity=BatchTopK(k=2), warmup_steps=0, aux_k=None, matryoshka=matryoshka)
+        state, metrics = train_step(init_state(config), batch, config=config)
+        codes[matryoshka] = np.asarray(state.tokens_since_fired), float(metrics["loss/reconstruction"])
+        assert metrics["l0"] == 2.0
+    (alone, loss), (nested, nested_loss) = codes.values()
+    np.testing.assert_array_equal(nested, alone)
+    assert nested_loss != loss  # the prefixes do take part
 
 
 # ---- precision and shapes -------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from crosscoder_jax.crosscoder import CrosscoderConfig
-from crosscoder_jax.objectives import AuxK, ErrorNorm, L0Penalty, L1OfNorms, Reconstruction
+from crosscoder_jax.objectives import AuxK, ErrorNorm, L0Penalty, L1OfNorms, Matryoshka, Reconstruction
 from crosscoder_jax.sparsity import JumpReLU, ReLU
 from crosscoder_jax.training.laws import CorrectedThreshold, MeanNorm, Resampling, Scaling, ThresholdLaw
 
@@ -42,6 +42,8 @@ class TrainConfig:
     """Largest global gradient norm; ``None`` does not clip."""
     loss: Reconstruction = ErrorNorm()
     """Reconstruction loss; the un-squared norm is what the published runs minimised."""
+    matryoshka: Matryoshka | None = None
+    """Nested prefixes of the dictionary that reconstruct, too; ``None`` trains without."""
     l1: L1OfNorms | None = None
     """Sparsity penalty of ReLU, whose code is dense without, and of nothing else: what is sparse already it
     would only shrink."""
@@ -91,6 +93,8 @@ class TrainConfig:
                 f"sparsity={self.crosscoder.sparsity} and l1={self.l1} do not go together: ReLU is dense "
                 "without an L1OfNorms, and what is sparse already it would only shrink"
             )
+        if self.matryoshka is not None:
+            self.matryoshka.sizes(self.crosscoder.num_latents)
         if self.aux_k is not None and self.aux_k.dead_after_tokens > TOKENS_CAP:
             raise ValueError(
                 f"dead_after_tokens={self.aux_k.dead_after_tokens} must not exceed {TOKENS_CAP}, where the "

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.sharding import reshard
 from crosscoder_jax.sources import safe_norm
 from crosscoder_jax.training.laws import Resampling
 from crosscoder_jax.training.optimizer import forget_moments
@@ -26,14 +27,14 @@ def resample(state: TrainState, normalized: Acts, law: Resampling) -> TrainState
     crosscoder = nnx.merge(state.graphdef, state.params, state.fixed)
     sources, shardings = crosscoder.config.sources, crosscoder.shardings
     is_dead = state.tokens_since_fired > law.every_steps * normalized.shape[0] // 2
-    errors = _reshard(_errors(crosscoder, normalized, state.step), shardings.replicated)
+    errors = reshard(_errors(crosscoder, normalized, state.step), shardings.replicated)
     order = drawn_tokens(jax.random.fold_in(state.key, state.step), errors)
     # One bit and one number per latent: everything wider stays where it lives.
-    rank = jnp.cumsum(_reshard(is_dead, shardings.replicated)) - 1
-    token = _reshard(order[jnp.minimum(rank, len(order) - 1)], shardings.per_latent_l)
+    rank = jnp.cumsum(reshard(is_dead, shardings.replicated)) - 1
+    token = reshard(order[jnp.minimum(rank, len(order) - 1)], shardings.per_latent_l)
     # Latents beyond the last token stay as they are until the next time.
-    is_new = is_dead & (_reshard(rank, shardings.per_latent_l) < len(order))
-    rows = _reshard(normalized, shardings.replicated).at[token].get(out_sharding=shardings.w_dec_lw)
+    is_new = is_dead & (reshard(rank, shardings.per_latent_l) < len(order))
+    rows = reshard(normalized, shardings.replicated).at[token].get(out_sharding=shardings.w_dec_lw)
     directions = jnp.concatenate([_unit(part) for part in sources.split(rows)], axis=-1)
     encoder_norms = law.encoder_share * _mean_encoder_norms(crosscoder, ~is_dead)
     begun = {
@@ -77,7 +78,3 @@ def _mean_encoder_norms(crosscoder: Crosscoder, is_alive: Bool[Array, "latent"])
 def _unit(rows: DecoderWeights) -> DecoderWeights:
     norms = safe_norm(rows)[:, None]
     return rows / jnp.where(norms > 0, norms, 1.0)
-
-
-def _reshard(values: Array, spec: jax.P | None) -> Array:
-    return values if spec is None else jax.reshard(values, spec)

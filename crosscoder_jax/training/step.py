@@ -26,7 +26,7 @@ from crosscoder_jax.training.laws import RunningMean
 from crosscoder_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from crosscoder_jax.training.resampling import resample
 from crosscoder_jax.training.state import TrainState
-from crosscoder_jax.typing import Acts, Scalar, Threshold
+from crosscoder_jax.typing import Acts, Code, Scalar, Threshold
 
 Metrics = dict[str, Array | np.ndarray]
 
@@ -100,7 +100,7 @@ def _objective(
     sparse = crosscoder.training_code(pre_acts, step=state.step, threshold=state.threshold)
     recon = crosscoder.decode_normalized(sparse.code)
     since_fired = _count_silence(state.tokens_since_fired, sparse, normalized.shape[0])
-    parts = {"loss/reconstruction": config.loss(normalized - recon, sources)}
+    parts = {"loss/reconstruction": _reconstruction_loss(crosscoder, normalized, sparse.code, recon, config)}
     if config.l1 is not None:
         parts["loss/l1"] = config.l1(sparse.code, crosscoder.score_weights(), state.step)
     if config.l0 is not None:
@@ -116,6 +116,14 @@ def _objective(
         parts=parts,
     )
     return jax.tree.reduce(jnp.add, parts), jax.lax.stop_gradient(forward)
+
+
+def _reconstruction_loss(
+    crosscoder: Crosscoder, normalized: Acts, code: Code, recon: Acts, config: TrainConfig
+) -> Scalar:
+    if config.matryoshka is None:
+        return config.loss(normalized - recon, config.crosscoder.sources)
+    return config.matryoshka(crosscoder, normalized, code, recon, config.loss)
 
 
 def _count_silence(since_fired: Array, sparse: SparseCode, num_tokens: int) -> Array:
