@@ -14,6 +14,9 @@ from crosscoder_jax.diffing import decoder_cosine as decoder_cosine
 from crosscoder_jax.diffing import decoder_norms as decoder_norms
 from crosscoder_jax.diffing import delta_norm as delta_norm
 from crosscoder_jax.diffing import latent_scaling as latent_scaling
+from crosscoder_jax.groups import LatentGroup as LatentGroup
+from crosscoder_jax.groups import causal_groups as causal_groups
+from crosscoder_jax.groups import exclusive_groups as exclusive_groups
 from crosscoder_jax.lazy import lazy_members
 from crosscoder_jax.metrics import explained_variance as explained_variance
 from crosscoder_jax.metrics import l0 as l0

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from crosscoder_jax.groups import LatentGroup, Layout
 from crosscoder_jax.sharding import Shardings
 from crosscoder_jax.sources import Sources
 from crosscoder_jax.sparsity import (
@@ -29,6 +30,7 @@ from crosscoder_jax.typing import (
     Count,
     DecoderWeights,
     Latents,
+    PerLatent,
     PerWidth,
     PRNGKey,
     ScoreWeights,
@@ -43,8 +45,8 @@ class CrosscoderConfig:
     """Shape and rules of a crosscoder.
 
     Raises:
-        ValueError: if a size is not positive, the dtype cannot be computed in, or the sparsity cannot
-            rank latents in each source on its own.
+        ValueError: if a size is not positive, the dtype cannot be computed in, the sparsity cannot
+            rank latents in each source on its own, or the groups do not fit latents and sources.
     """
 
     sources: Sources
@@ -55,6 +57,8 @@ class CrosscoderConfig:
     """How the code is made sparse in training; 100 per token is the published recipe."""
     code_norm: CodeNorm = SumOfNorms()
     """How latents are weighed against each other when they are ranked."""
+    groups: tuple[LatentGroup, ...] = ()
+    """Latents under rules of their own, in this order on the latent axis; those of no group come last."""
     dtype: str = "float32"
     """What encoder and decoder products are computed in: float32 or bfloat16, which accumulate in float32
     and have float32 weights, or float64 for everything but the threshold; that needs ``jax_enable_x64``.
@@ -69,6 +73,7 @@ class CrosscoderConfig:
             raise ValueError(f"dtype={self.dtype!r} must be 'float32', 'bfloat16' or 'float64'")
         if self.precision not in ("default", "high", "highest"):
             raise ValueError(f"precision={self.precision!r} must be 'default', 'high' or 'highest'")
+        _ = self.layout  # groups that fit neither latents nor sources are refused
         if self.is_decoupled and isinstance(self.sparsity, ReLU):
             raise ValueError(
                 "code_norm=Decoupled() with sparsity=ReLU() would give every source the same code: "
@@ -84,6 +89,11 @@ class CrosscoderConfig:
     def param_dtype(self) -> str:
         """What weights, the normaliser and sums are kept in: float32, or float64 if ``dtype`` is."""
         return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def layout(self) -> Layout:
+        """Where the groups lie on the latent axis."""
+        return Layout(self.groups, self.sources, self.num_latents)
 
     @property
     def is_decoupled(self) -> bool:
@@ -157,6 +167,14 @@ class Crosscoder(nnx.Module):
         self.latent_threshold = nnx.data(None)
         if isinstance(config.sparsity, JumpReLU):
             self.latent_threshold = nnx.Param(zeros + config.sparsity.initial_threshold)
+        self.constrain()
+
+    def constrain(self) -> None:
+        """Put encoder and decoder, or gradients in their place, where the groups allow them, in place."""
+        layout = self.config.layout
+        if layout.groups:
+            self.w_enc[...] = layout.constrain_encoder(self.w_enc[...], self.shardings)
+            self.w_dec[...] = layout.constrain_decoder(self.w_dec[...], self.shardings)
 
     def normalize(self, acts: Acts) -> Acts:
         """Return ``(acts - mean) * scale`` in the weights' dtype from raw activations."""
@@ -191,8 +209,17 @@ class Crosscoder(nnx.Module):
         return self.config.sources.norms(self.w_dec[...])
 
     def score_weights(self) -> ScoreWeights:
-        """Return what each latent's activation is multiplied by for ranking."""
-        return self.config.code_norm(self.decoder_norms())
+        """Return what each latent's activation is multiplied by for ranking: its norms over its cost."""
+        weights = self.config.code_norm(self.decoder_norms())
+        return weights / self._costs() if self.config.groups else weights
+
+    def penalty_weights(self) -> ScoreWeights:
+        """Return what an L1 penalty multiplies each latent's activation by: its norms times its cost."""
+        weights = self.config.code_norm(self.decoder_norms())
+        return weights * self._costs() if self.config.groups else weights
+
+    def _costs(self) -> PerLatent:
+        return self.config.layout.costs(self.shardings)
 
     def training_code(
         self, pre_acts: Latents, *, step: Count | int | None = None, threshold: Threshold | None = None
@@ -307,6 +334,8 @@ def fold_normalization(crosscoder: Crosscoder) -> Crosscoder:
     stays exact although the sources were scaled differently. Reconstructions are equal; codes are
     ``code * score_weights`` of the original. With the code norm ``Decoupled`` each source has its own
     threshold, which is divided by the source's scale as its decoder norms are, and codes stay equal.
+    Latents of groups keep what they read and write; their costs are in the codes, and decoders that were
+    tied are so no longer, as sources differ in scale.
     A bfloat16 crosscoder computes in float32 once folded, and any at highest precision, because raw
     activations, whose means can be far larger than what varies, do not survive bfloat16, be it in passes.
     """
@@ -321,7 +350,10 @@ def fold_normalization(crosscoder: Crosscoder) -> Crosscoder:
     w_dec, b_dec = crosscoder.raw_decoder()
     code_norm = Decoupled() if is_decoupled else Unweighted()
     dtype = crosscoder.config.param_dtype
-    config = dataclasses.replace(crosscoder.config, code_norm=code_norm, dtype=dtype, precision="highest")
+    groups = tuple(dataclasses.replace(group, is_tied=False, cost=1.0) for group in crosscoder.config.groups)
+    config = dataclasses.replace(
+        crosscoder.config, code_norm=code_norm, groups=groups, dtype=dtype, precision="highest"
+    )
     folded = nnx.eval_shape(lambda: Crosscoder(config, key=jax.random.key(0), shardings=crosscoder.shardings))
     folded.w_enc = nnx.Param(w_enc * weights)
     folded.b_enc = nnx.Param(b_enc * weights)

@@ -15,6 +15,7 @@ ROOMS = [
     "configs",
     "sources",
     "sharding",
+    "groups",
     "sparsity",
     "kernels",
     "crosscoder",

@@ -51,8 +51,14 @@ class Weights:
         """Take a crosscoder apart.
 
         Raises:
-            ValueError: if the sources differ in width.
+            ValueError: if the sources differ in width, or a group of latents has a cost.
         """
+        for group in crosscoder.config.groups:
+            if group.cost != 1:
+                raise ValueError(
+                    f"group {group.name!r} has cost={group.cost}, which no other format keeps: save "
+                    "crosscoder_jax.fold_normalization(crosscoder), whose codes hold it"
+                )
         sources = crosscoder.config.sources
         if len(set(sources.widths)) > 1:
             widths = dict(zip(sources.names, sources.widths, strict=True))

@@ -46,6 +46,7 @@ def resample(state: TrainState, normalized: Acts, law: Resampling) -> TrainState
     for name, value in begun.items():
         variable = getattr(crosscoder, name)
         variable[...] = jnp.where(masks[name], value, variable[...])
+    crosscoder.constrain()
     return dataclasses.replace(
         state,
         params=nnx.state(crosscoder, nnx.Param),

@@ -64,6 +64,7 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
         return _objective(crosscoder, normalized, state, config)
 
     (loss, forward), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    grads = _constrained(state, grads)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
     next_state = dataclasses.replace(
@@ -102,7 +103,7 @@ def _objective(
     since_fired = _count_silence(state.tokens_since_fired, sparse, normalized.shape[0])
     parts = {"loss/reconstruction": _reconstruction_loss(crosscoder, normalized, sparse.code, recon, config)}
     if config.l1 is not None:
-        parts["loss/l1"] = config.l1(sparse.code, crosscoder.score_weights(), state.step)
+        parts["loss/l1"] = config.l1(sparse.code, crosscoder.penalty_weights(), state.step)
     if config.l0 is not None:
         parts["loss/l0"] = config.l0(crosscoder, pre_acts, state.step)
     if config.aux_k is not None:
@@ -116,6 +117,13 @@ def _objective(
         parts=parts,
     )
     return jax.tree.reduce(jnp.add, parts), jax.lax.stop_gradient(forward)
+
+
+def _constrained(state: TrainState, grads: nnx.State) -> nnx.State:
+    """Return the part of a gradient along which the groups let the weights move."""
+    crosscoder = nnx.merge(state.graphdef, grads, state.fixed)
+    crosscoder.constrain()
+    return nnx.state(crosscoder, nnx.Param)
 
 
 def _reconstruction_loss(
