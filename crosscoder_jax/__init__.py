@@ -22,6 +22,7 @@ from crosscoder_jax.metrics import explained_variance as explained_variance
 from crosscoder_jax.metrics import l0 as l0
 from crosscoder_jax.metrics import reconstruction_sums as reconstruction_sums
 from crosscoder_jax.objectives import AuxK as AuxK
+from crosscoder_jax.objectives import DeltaLoss as DeltaLoss
 from crosscoder_jax.objectives import ErrorNorm as ErrorNorm
 from crosscoder_jax.objectives import L0Penalty as L0Penalty
 from crosscoder_jax.objectives import L1OfNorms as L1OfNorms

@@ -12,11 +12,21 @@ from typing import Literal
 from crosscoder_jax.activations.nulls import Null, SameModel, SwapCoordinates, SwapDocuments
 from crosscoder_jax.activations.split import Split
 from crosscoder_jax.crosscoder import CrosscoderConfig
+from crosscoder_jax.groups import LatentGroup, exclusive_groups
 from crosscoder_jax.language_models import SpliceConfig, TextSource
-from crosscoder_jax.objectives import AuxK, ErrorNorm, L1OfNorms, MeanSquaredError, SquaredError
+from crosscoder_jax.objectives import (
+    AuxK,
+    DeltaLoss,
+    ErrorNorm,
+    L0Penalty,
+    L1OfNorms,
+    Matryoshka,
+    MeanSquaredError,
+    SquaredError,
+)
 from crosscoder_jax.report import ReportConfig
 from crosscoder_jax.sources import Sources, difference
-from crosscoder_jax.sparsity import BatchTopK, ReLU
+from crosscoder_jax.sparsity import BatchTopK, JumpReLU, ReLU, Sparsity, TopK
 from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.laws import MeanNorm
 
@@ -33,8 +43,10 @@ class Train:
     """Folder of the run."""
     sources: tuple[str, ...] | None = None
     """Stored sources to read, the base first, such as base.L13 chat.L13 of several layers; all by default."""
-    reads: Literal["all", "difference"] = "all"
-    """"all" of these sources (a crosscoder), or the "difference" of two: chat - base (a difference SAE)."""
+    reads: Literal["all", "difference", "delta"] = "all"
+    """"all" of these sources (a crosscoder), or of two the "difference" chat - base (a difference SAE), or
+    the "delta" basis: base and chat - base, each scaled on its own, so that the change weighs as much as
+    what is shared; it is diffed as base and chat."""
     num_latents: int = 16_384
     """Size of the dictionary."""
     k: float = 100.0
@@ -42,6 +54,24 @@ class Train:
     l1: float | None = None
     """Weight of the L1-of-norms penalty: trains a ReLU crosscoder in place of BatchTopK. Published: 0.041
     with --decoder-norm 0.005."""
+    sparsity: Literal["batch-top-k", "top-k", "jump-relu"] = "batch-top-k"
+    """How k is kept to without --l1: over the batch (recommended), for every token, or by a threshold of
+    each latent that is trained until the mean is k."""
+    dedicated: float = 0.0
+    """Share of the latents, for each source, that write to it alone."""
+    is_encoder_dedicated: bool = False
+    """Whether those read it alone, too."""
+    tied: float = 0.0
+    """Share of the latents with one decoder for all sources: designated shared latents."""
+    tied_cost: float = 1.0
+    """What a unit of their score costs against that of others. Published: 0.1 to 0.2."""
+    delta_weight: float = 0.0
+    """Weight of a loss on the reconstruction of chat - base, beside that of the sources."""
+    source_weights: tuple[float, ...] | None = None
+    """What each source's part of the loss is multiplied by, in the order in which they are read."""
+    nested: tuple[float, ...] | None = None
+    """Shares of the latents that reconstruct on their own, ascending to 1, such as 0.0625 0.25 1: a
+    Matryoshka crosscoder."""
     num_steps: int = 10_000
     """Optimiser steps."""
     batch_size: int = 2048
@@ -102,11 +132,14 @@ class Train:
         Raises:
             ValueError: if the store lacks a source, or the difference is asked for of other than two.
         """
+        sources = self.read_sources(stored)
+        loss = dataclasses.replace(_LOSSES[self.loss], source_weights=self.source_weights)
         return TrainConfig(
             crosscoder=CrosscoderConfig(
-                sources=self.read_sources(stored),
+                sources=sources,
                 num_latents=self.num_latents,
-                sparsity=BatchTopK(self.k) if self.l1 is None else ReLU(),
+                sparsity=self.selection(),
+                groups=self.groups(sources),
                 dtype=self.dtype,
             ),
             num_steps=self.num_steps,
@@ -115,14 +148,51 @@ class Train:
             warmup_steps=self.warmup_steps,
             decay_fraction=self.decay_fraction,
             decoder_norm=self.decoder_norm,
-            loss=_LOSSES[self.loss],
+            loss=loss,
+            delta=DeltaLoss(self.delta_weight) if self.delta_weight else None,
+            matryoshka=None if self.nested is None else Matryoshka(self.nested),
             l1=None if self.l1 is None else L1OfNorms(self.l1, warmup_steps=self.warmup_steps),
+            l0=self.l0_penalty(),
             aux_k=self.revival(),
             is_centred=self.is_centred,
             scaling=MeanNorm() if self.is_scaled else None,
             seed=self.seed,
             data_seed=self.data_seed,
         )
+
+    def selection(self) -> Sparsity:
+        """Return how the code is made sparse.
+
+        Raises:
+            ValueError: if both a sparsity and an L1 penalty are given, or a k that top-k cannot keep.
+        """
+        if self.l1 is not None:
+            if self.sparsity != "batch-top-k":
+                raise ValueError(
+                    f"sparsity={self.sparsity!r} and l1={self.l1} do not go together: leave one out"
+                )
+            return ReLU()
+        if self.sparsity == "batch-top-k":
+            return BatchTopK(self.k)
+        if self.sparsity == "jump-relu":
+            return JumpReLU()
+        if not self.k.is_integer():
+            raise ValueError(f"k={self.k} must be whole with sparsity='top-k': every token has as many")
+        return TopK(int(self.k))
+
+    def l0_penalty(self) -> L0Penalty | None:
+        """Return the loss that moves the thresholds of JumpReLU until the mean L0 is k."""
+        if self.sparsity != "jump-relu":
+            return None
+        return L0Penalty(1.0, target=self.k, warmup_steps=self.warmup_steps)
+
+    def groups(self, sources: Sources) -> tuple[LatentGroup, ...]:
+        """Return the groups of latents under rules of their own."""
+        tied = LatentGroup("tied", self.tied, is_tied=True, cost=self.tied_cost) if self.tied else None
+        if not self.dedicated:
+            return () if tied is None else (tied,)
+        dedicated = exclusive_groups(sources, self.dedicated, is_encoder_masked=self.is_encoder_dedicated)
+        return dedicated if tied is None else (tied, *dedicated)
 
     def runs(self) -> Sequence["Train"]:
         """Return the commands that train one crosscoder each, which this one trains together.
@@ -180,10 +250,11 @@ class Train:
             return read
         if len(read) != 2:
             raise ValueError(
-                f"reads='difference' needs two stored sources, not {read.names}: choose two with sources"
+                f"reads={self.reads!r} needs two stored sources, not {read.names}: choose two with sources"
             )
         before, after = read.entries
-        return Sources((difference(after, before),))
+        change = difference(after, before)
+        return Sources((change,) if self.reads == "difference" else (before, change))
 
     def split(self) -> Split:
         """Return which documents are held out."""

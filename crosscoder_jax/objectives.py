@@ -1,4 +1,4 @@
-"""What training minimises: reconstruction losses, nested prefixes, sparsity penalties and AuxK."""
+"""What training minimises: reconstruction losses and what is added to them."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from crosscoder_jax.crosscoder import Crosscoder
 from crosscoder_jax.sharding import reshard
-from crosscoder_jax.sources import Sources, safe_norm
+from crosscoder_jax.sources import Source, Sources, safe_norm
 from crosscoder_jax.sparsity import JumpReLU, ranking_scores, top_scores_per_row
 from crosscoder_jax.typing import Acts, Code, Latents, PerLatent, Scalar, ScoreWeights
 
@@ -27,10 +27,13 @@ class SquaredError:
         Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders.
     """
 
+    source_weights: tuple[float, ...] | None = None
+    """What each source's part of the loss is multiplied by, in the order of the sources; one if ``None``."""
+
     def __call__(self, residual: Acts, sources: Sources) -> Scalar:
         """Return the loss in squared normalised units."""
-        del sources
-        return jnp.mean(jnp.sum(jnp.square(residual), axis=-1))
+        squares = _weighted(jnp.square(residual), sources, self.source_weights)
+        return jnp.mean(jnp.sum(squares, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +48,12 @@ class MeanSquaredError:
         Gao et al. 2024, arXiv 2406.04093.
     """
 
+    source_weights: tuple[float, ...] | None = None
+    """What each source's part of the loss is multiplied by, in the order of the sources; one if ``None``."""
+
     def __call__(self, residual: Acts, sources: Sources) -> Scalar:
         """Return the loss in squared normalised units."""
-        del sources
-        return jnp.mean(jnp.square(residual))
+        return jnp.mean(_weighted(jnp.square(residual), sources, self.source_weights))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +63,78 @@ class ErrorNorm:
     What the code behind arXiv 2504.02922 minimises by default; its L1 weights belong to this loss.
     """
 
+    source_weights: tuple[float, ...] | None = None
+    """What each source's part of the loss is multiplied by, in the order of the sources; one if ``None``."""
+
     def __call__(self, residual: Acts, sources: Sources) -> Scalar:
         """Return the loss in normalised units."""
-        return jnp.mean(jnp.stack([jnp.mean(safe_norm(part)) for part in sources.split(residual)]))
+        norms = jnp.stack([jnp.mean(safe_norm(part)) for part in sources.split(residual)])
+        if self.source_weights is not None:
+            norms = norms * jnp.asarray(self.source_weights, norms.dtype)
+        return jnp.mean(norms)
 
 
 Reconstruction = SquaredError | MeanSquaredError | ErrorNorm
 """Every reconstruction loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaLoss:
+    """Reconstruct the difference of two sources, too: ``(a - ahat)^after - (a - ahat)^before``.
+
+    Errors that both models share cost nothing here, and what only one of them has costs all of it. The
+    difference is one of raw activations, times the geometric mean of the two sources' scales.
+
+    Raises:
+        ValueError: if the weight is not positive.
+
+    References:
+        arXiv 2603.04426 (Delta-Crosscoder).
+    """
+
+    weight: float
+    """Share of this loss beside the reconstruction loss, whose kind it has."""
+    before: int = 0
+    """Index of the source before the change."""
+    after: int = 1
+    """Index of the source after it."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight={self.weight} of the delta loss must be positive and finite")
+
+    def check(self, sources: Sources) -> None:
+        """Refuse sources of which no difference can be taken.
+
+        Raises:
+            ValueError: naming them.
+        """
+        for name in ("before", "after"):
+            if not 0 <= getattr(self, name) < len(sources):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} of the delta loss is no index into {sources.names}"
+                )
+        before, after = sources.entries[self.before], sources.entries[self.after]
+        if before == after or before.width != after.width:
+            raise ValueError(
+                f"the delta loss needs two sources of one width, not {before.name!r} of width "
+                f"{before.width} and {after.name!r} of width {after.width}"
+            )
+
+    def __call__(self, crosscoder: Crosscoder, residual: Acts, loss: Reconstruction) -> Scalar:
+        """Return the weighted loss.
+
+        Args:
+            crosscoder: whose scales are used.
+            residual: what is left after reconstruction, normalised units.
+            loss: its kind; weights of sources play no part.
+        """
+        sources, scale = crosscoder.config.sources, crosscoder.scale[...]
+        parts = sources.split(residual)
+        ratio = jnp.sqrt(scale[self.before] / scale[self.after])
+        delta = ratio * parts[self.after] - parts[self.before] / ratio
+        alone = Sources((Source("difference", delta.shape[-1]),))
+        return self.weight * dataclasses.replace(loss, source_weights=None)(delta, alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +316,11 @@ class AuxK:
             return self.weight * jnp.where(spread > 0, loss, 0.0)
 
         return lax.cond(num_dead > 0, revive, lambda _: jnp.zeros((), residual.dtype), pre_acts)
+
+
+def _weighted(values: Acts, sources: Sources, weights: tuple[float, ...] | None) -> Acts:
+    """Multiply each source's coordinates by its weight."""
+    return values if weights is None else values * sources.per_source(jnp.asarray(weights, values.dtype))
 
 
 def _rise(step: Int[Array, ""] | int, warmup_steps: int, dtype: jnp.dtype) -> Array | float:

@@ -345,6 +345,43 @@ def aux_value_and_grads(crosscoder, x, is_dead):
     return nnx.value_and_grad(lambda c: aux_loss(c, x, is_dead, aux_k)[0])(crosscoder)
 
 
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # base: norms 1 and 0; chat: 5 and 2. Weighed 2 and 3 by source.
+        (SquaredError((2.0, 3.0)), (2 * 1 + 3 * 25 + 3 * 4) / 2),
+        (MeanSquaredError((2.0, 3.0)), (2 * 1 + 3 * 25 + 3 * 4) / 6),
+        (ErrorNorm((2.0, 3.0)), (2 * (1 + 0) / 2 + 3 * (5 + 2) / 2) / 2),
+    ],
+)
+def test_sources_can_be_weighed(loss, expected):
+    residual = jnp.array([[1.0, 3.0, 4.0], [0.0, 0.0, 2.0]])
+    np.testing.assert_allclose(loss(residual, two_sources(1, 2)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), MeanSquaredError(), ErrorNorm((1.0, 7.0))])
+def test_the_delta_loss_is_that_of_the_difference_of_raw_residuals(loss):
+    crosscoder = random_crosscoder()
+    residual = np.asarray(random_acts(crosscoder), np.float64)
+    scale = np.asarray(crosscoder.scale[...], np.float64)
+    raw = residual[:, 3:] / scale[1] - residual[:, :3] / scale[0]
+    norms = np.linalg.norm(raw * np.sqrt(scale[0] * scale[1]), axis=1)
+    expected = {
+        SquaredError: (norms**2).mean(),
+        MeanSquaredError: (norms**2).mean() / 3,
+        ErrorNorm: norms.mean(),
+    }[type(loss)]
+    found = cc.DeltaLoss(0.5)(crosscoder, jnp.asarray(residual, jnp.float32), loss)
+    np.testing.assert_allclose(found, 0.5 * expected, rtol=1e-5)
+
+
+def test_errors_that_both_models_share_cost_no_delta_loss():
+    crosscoder = random_crosscoder()
+    crosscoder.scale[...] = jnp.ones(2)
+    shared = random_acts(crosscoder)[:, :3]
+    assert cc.DeltaLoss(1.0)(crosscoder, jnp.concatenate([shared, shared], axis=1), SquaredError()) == 0
+
+
 def prefix_loss(crosscoder, x, matryoshka):
     code = crosscoder.training_code(crosscoder.pre_acts(x)).code
     return matryoshka(crosscoder, x, code, crosscoder.decode_normalized(code), cc.SquaredError())
@@ -412,6 +449,16 @@ def test_aux_k_on_a_mesh_equals_one_device(shape):
             lambda: cc.Matryoshka((0.5, 0.5, 1.0)),
             r"shares=\(0.5, 0.5, 1.0\) must be positive and ascend to 1",
         ),
+        (lambda: cc.DeltaLoss(0.0), "weight=0.0 of the delta loss must be positive"),
+        (
+            lambda: cc.DeltaLoss(1.0, after=2).check(two_sources()),
+            "after=2 of the delta loss is no index into",
+        ),
+        (
+            lambda: cc.DeltaLoss(1.0, after=0).check(two_sources()),
+            "needs two sources of one width, not 'base'",
+        ),
+        (lambda: cc.DeltaLoss(1.0).check(two_sources(3, 4)), "of width 3 and 'chat' of width 4"),
         (lambda: cc.Matryoshka((0.5,)), "must be positive and ascend to 1"),
         (lambda: cc.Matryoshka((0.01, 1.0)).sizes(16), r"num_latents=16 are prefixes of \(0, 16\) latents"),
         (lambda: AuxK(weight=-1.0), "weight=-1.0 must not be negative"),

@@ -42,6 +42,18 @@ def test_options_that_make_no_run_are_refused_by_name(field):
         RunOptions(**{field: 0})
 
 
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, -1.0), (0.0, 0.0)])
+def test_weights_of_sources_must_fit_the_sources(weights):
+    with pytest.raises(ValueError, match=r"source_weights=.* must be one for each of the sources"):
+        recipe(loss=cc.MeanSquaredError(weights))
+
+
+def test_a_delta_loss_needs_sources_to_take_a_difference_of():
+    with pytest.raises(ValueError, match="needs two sources of one width, not 'base' of width 6 and 'chat'"):
+        recipe(delta=cc.DeltaLoss(1.0))
+    assert recipe(widths=(6, 6), delta=cc.DeltaLoss(1.0)).delta == cc.DeltaLoss(1.0)
+
+
 def test_a_dead_latent_needs_a_count_that_the_counter_can_reach():
     with pytest.raises(ValueError, match="dead_after_tokens=2000000000"):
         recipe(aux_k=cc.AuxK(dead_after_tokens=2_000_000_000))

@@ -35,6 +35,14 @@ class KilledError(BaseException):
     pass
 
 
+def test_a_recipe_from_before_a_field_existed_has_its_default(folder, store):
+    path = folder / "config.json"
+    recorded = json.loads(path.read_text())
+    del recorded["train"]["delta"], recorded["train"]["crosscoder"]["groups"]
+    path.write_text(json.dumps(recorded))
+    assert small_run(store, folder, config=recipe(num_steps=5)).config.groups == ()
+
+
 def test_a_run_knows_its_recipe_its_store_and_what_was_held_out(folder, store):
     run = Run.open(folder)
     assert run.train == recipe(num_steps=5)

@@ -4,7 +4,15 @@ import dataclasses
 import math
 
 from crosscoder_jax.crosscoder import CrosscoderConfig
-from crosscoder_jax.objectives import AuxK, ErrorNorm, L0Penalty, L1OfNorms, Matryoshka, Reconstruction
+from crosscoder_jax.objectives import (
+    AuxK,
+    DeltaLoss,
+    ErrorNorm,
+    L0Penalty,
+    L1OfNorms,
+    Matryoshka,
+    Reconstruction,
+)
 from crosscoder_jax.sparsity import JumpReLU, ReLU
 from crosscoder_jax.training.laws import CorrectedThreshold, MeanNorm, Resampling, Scaling, ThresholdLaw
 
@@ -42,6 +50,8 @@ class TrainConfig:
     """Largest global gradient norm; ``None`` does not clip."""
     loss: Reconstruction = ErrorNorm()
     """Reconstruction loss; the un-squared norm is what the published runs minimised."""
+    delta: DeltaLoss | None = None
+    """Reconstruction of the difference of two sources, too; ``None`` trains without."""
     matryoshka: Matryoshka | None = None
     """Nested prefixes of the dictionary that reconstruct, too; ``None`` trains without."""
     l1: L1OfNorms | None = None
@@ -93,6 +103,14 @@ class TrainConfig:
                 f"sparsity={self.crosscoder.sparsity} and l1={self.l1} do not go together: ReLU is dense "
                 "without an L1OfNorms, and what is sparse already it would only shrink"
             )
+        weights, sources = self.loss.source_weights, self.crosscoder.sources
+        if weights is not None and (len(weights) != len(sources) or min(weights) < 0 or max(weights) == 0):
+            raise ValueError(
+                f"source_weights={weights} of the loss must be one for each of the sources {sources.names}, "
+                "none negative and not all zero"
+            )
+        if self.delta is not None:
+            self.delta.check(sources)
         if self.matryoshka is not None:
             self.matryoshka.sizes(self.crosscoder.num_latents)
         if self.aux_k is not None and self.aux_k.dead_after_tokens > TOKENS_CAP:

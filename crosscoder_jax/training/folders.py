@@ -12,7 +12,7 @@ import jax
 from crosscoder_jax.activations.atomic import read_json, remove_temporary_files, write_json_atomically
 from crosscoder_jax.activations.setting import lock_folder
 from crosscoder_jax.activations.store import ActivationStore
-from crosscoder_jax.configs import config_differences, config_to_json
+from crosscoder_jax.configs import config_differences, config_from_json, config_to_json
 from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.options import RunOptions
 
@@ -57,7 +57,10 @@ def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     recorded = read_json(path)
-    differences = config_differences(identity, {name: recorded.get(name) for name in identity})
+    theirs = {name: recorded.get(name) for name in identity}
+    # A recipe that was written before a field existed has its default.
+    train = config_from_json(TrainConfig, theirs["train"], where=f"{path}: train")
+    differences = config_differences(identity, {**theirs, "train": config_to_json(train)})
     if differences:
         raise ValueError(
             f"{folder} holds another run: {'; '.join(differences)}: "

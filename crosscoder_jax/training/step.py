@@ -102,6 +102,8 @@ def _objective(
     recon = crosscoder.decode_normalized(sparse.code)
     since_fired = _count_silence(state.tokens_since_fired, sparse, normalized.shape[0])
     parts = {"loss/reconstruction": _reconstruction_loss(crosscoder, normalized, sparse.code, recon, config)}
+    if config.delta is not None:
+        parts["loss/delta"] = config.delta(crosscoder, normalized - recon, config.loss)
     if config.l1 is not None:
         parts["loss/l1"] = config.l1(sparse.code, crosscoder.penalty_weights(), state.step)
     if config.l0 is not None:

@@ -1,0 +1,74 @@
+"""The methods that the options of ``train`` name."""
+
+from pathlib import Path
+
+import pytest
+
+import crosscoder_jax as cc
+from crosscoder_jax.commands import Train
+
+STORED = cc.Sources((cc.Source("base", 6), cc.Source("chat", 6)))
+
+
+def recipe(**options):
+    return Train(
+        Path("store"), Path("run"), **({"num_latents": 64, "k": 4.0, "warmup_steps": 10} | options)
+    ).recipe(STORED)
+
+
+def test_the_delta_basis_is_base_and_the_change():
+    sources = recipe(reads="delta").crosscoder.sources
+    assert sources.names == ("base", "difference")
+    assert sources.entries[1].combination == (("chat", 1.0), ("base", -1.0))
+
+
+def test_a_delta_basis_needs_two_sources():
+    three = cc.Sources((*STORED.entries, cc.Source("third", 6)))
+    with pytest.raises(ValueError, match="reads='delta' needs two stored sources, not"):
+        Train(Path("store"), Path("run"), reads="delta").recipe(three)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected", "l0"),
+    [
+        ("batch-top-k", cc.BatchTopK(4.0), None),
+        ("top-k", cc.TopK(4), None),
+        ("jump-relu", cc.JumpReLU(), cc.L0Penalty(1.0, target=4.0, warmup_steps=10)),
+    ],
+)
+def test_every_sparsity_has_a_name(sparsity, expected, l0):
+    made = recipe(sparsity=sparsity)
+    assert made.crosscoder.sparsity == expected
+    assert made.l0 == l0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": "top-k", "k": 2.5}, "k=2.5 must be whole with sparsity='top-k'"),
+        ({"sparsity": "top-k", "l1": 0.1}, "sparsity='top-k' and l1=0.1 do not go together"),
+    ],
+)
+def test_sparsities_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**options)
+
+
+def test_shares_of_the_latents_become_groups_the_tied_ones_first():
+    groups = recipe(tied=0.5, tied_cost=0.2, dedicated=0.125).crosscoder.groups
+    assert [(g.name, g.share, g.reads, g.writes, g.is_tied, g.cost) for g in groups] == [
+        ("tied", 0.5, None, None, True, 0.2),
+        ("base-dedicated", 0.125, None, ("base",), False, 1.0),
+        ("chat-dedicated", 0.125, None, ("chat",), False, 1.0),
+    ]
+    alone = recipe(dedicated=0.125, is_encoder_dedicated=True).crosscoder.groups
+    assert [g.reads for g in alone] == [("base",), ("chat",)]
+    assert recipe().crosscoder.groups == ()
+
+
+def test_losses_beside_the_reconstruction():
+    made = recipe(delta_weight=2.0, source_weights=(1.0, 3.0), nested=(0.25, 1.0), loss="squared")
+    assert made.loss == cc.SquaredError((1.0, 3.0))
+    assert made.delta == cc.DeltaLoss(2.0)
+    assert made.matryoshka == cc.Matryoshka((0.25, 1.0))
+    assert (recipe().delta, recipe().matryoshka, recipe().loss) == (None, None, cc.ErrorNorm())
