@@ -60,9 +60,14 @@ def recovery(measured: Measured, truth: Truth, world: World) -> dict[str, float]
     }
 
 
-def _judge(claimed: Bool[np.ndarray, "latent"], measured: Measured, truth: Truth, world: World) -> Claims:
+def cosines_in_chat(measured: Measured, truth: Truth, world: World) -> Float[np.ndarray, "latent feature"]:
+    """Return the cosine of each latent's direction in chat with that of each feature."""
     in_chat = world.sources.slices()[1]
-    cosines = _unit(measured.w_dec[:, in_chat]) @ _unit(np.asarray(truth.chat)).T
+    return _unit(measured.w_dec[:, in_chat]) @ _unit(np.asarray(truth.chat)).T
+
+
+def _judge(claimed: Bool[np.ndarray, "latent"], measured: Measured, truth: Truth, world: World) -> Claims:
+    cosines = cosines_in_chat(measured, truth, world)
     feature = cosines.argmax(axis=1)
     is_right = claimed & (cosines.max(axis=1) > MIN_COSINE)
     is_right &= np.asarray(truth.kind)[feature] == CHAT_ONLY

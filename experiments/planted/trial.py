@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -55,19 +56,51 @@ def train_seeds(
     config: TrainConfig, world: World, seeds: range, *, progress: Progress | None = None
 ) -> list[Trained]:
     """Train one crosscoder per seed, each on a world of its own, all in one compiled program."""
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-    truths = jax.jit(jax.vmap(lambda key: plant(world, jax.random.fold_in(key, 0))))(keys)
-    states = [_start(config, world, _pick(truths, i), keys[i], seed) for i, seed in enumerate(seeds)]
-    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    keys = [jax.random.key(seed) for seed in seeds]
+    truths = [plant(world, jax.random.fold_in(key, 0)) for key in keys]
+    return train_on(config, world, truths, keys, first_seed=seeds.start, progress=progress)
+
+
+def train_on(
+    config: TrainConfig,
+    world: World,
+    truths: Sequence[Truth],
+    keys: Sequence[Key[Array, ""]],
+    *,
+    first_seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Trained]:
+    """Train one crosscoder on each of some planted truths, all in one compiled program.
+
+    A recipe whose sources are derived from base and chat trains on what they derive.
+
+    Args:
+        config: the recipe.
+        world: how features fire, and the noise; the truths may differ in all else.
+        truths: of equally many features each.
+        keys: of the tokens of each.
+        first_seed: of the initial directions; each crosscoder has the next one.
+        progress: told the steps done.
+    """
+    states = [
+        _start(config, world, truth, key, first_seed + i)
+        for i, (truth, key) in enumerate(zip(truths, keys, strict=True))
+    ]
+    stacked, truth, key = (
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *t) for t in (states, truths, keys)
+    )
     done = 0
     while done < config.num_steps:
         count = min(_STEPS_PER_CALL, config.num_steps - done)
-        states = _steps(states, truths, keys, config=config, world=world, count=count)
-        jax.block_until_ready(states.step)
+        stacked = _steps(stacked, truth, key, config=config, world=world, count=count)
+        jax.block_until_ready(stacked.step)
         done += count
         if progress is not None:
             progress(done, config.num_steps, "steps")
-    return [Trained(_pick(states, i).crosscoder(), _pick(truths, i), keys[i]) for i in range(len(seeds))]
+    return [
+        Trained(_pick(stacked, i).crosscoder(), truth, key)
+        for i, (truth, key) in enumerate(zip(truths, keys, strict=True))
+    ]
 
 
 def measure(trained: Trained, world: World) -> Measured:
@@ -96,6 +129,7 @@ def measure(trained: Trained, world: World) -> Measured:
 
 def _start(config: TrainConfig, world: World, truth: Truth, key: Array, seed: int) -> TrainState:
     acts = sample_jit(truth, jax.random.fold_in(key, 1), num_tokens=STATISTICS_TOKENS, world=world)
+    acts = config.crosscoder.sources.derive(acts, world.sources)
     statistics = data_statistics(np.asarray(acts), config)
     return cc.init_state(dataclasses.replace(config, seed=seed), **statistics._asdict())
 
@@ -107,6 +141,7 @@ def _steps(
     def step(state: TrainState, truth: Truth, key: Array) -> TrainState:
         key = jax.random.fold_in(jax.random.fold_in(key, 3), state.step)
         acts = sample(truth, key, config.batch_size, world)
+        acts = config.crosscoder.sources.derive(acts, world.sources)
         return cc.train_step(state, acts, config=config)[0]
 
     together = jax.vmap(step)

@@ -38,10 +38,14 @@ class World:
     num_exclusive: int = 51
     """In chat only, and as many in base only."""
     mean_l0: float = 10.0
-    """Features that fire on a token, on average; feature r of the ranking fires in proportion to
-    1 / (r + 10), kinds in random order."""
+    """Features that fire on a token, on average."""
+    is_ranked: bool = True
+    """Whether feature r of a ranking fires in proportion to 1 / (r + 10), kinds in random order; else all
+    fire equally often."""
     exclusive_frequency: float | None = None
-    """Share of tokens on which each exclusive feature fires; ``None`` ranks them with the others."""
+    """Share of tokens on which each exclusive feature fires; ``None`` treats them as the others."""
+    exclusive_strength: float = 1.0
+    """Strength of exclusive features next to that of the others."""
     num_topics: int = 1
     """Features belong to topics at random, and each token has one."""
     topic_boost: float = 1.0
@@ -52,6 +56,8 @@ class World:
     """Degrees."""
     weak_strength: float = 0.3
     """Base's share of chat's strength."""
+    chat_gain: float = 1.0
+    """What every activation of chat is multiplied by."""
     noise: float = 0.02
     """Energy of the white noise as a share of that of the features."""
 
@@ -112,6 +118,13 @@ def plant(world: World, key: Key[Array, ""]) -> Truth:
 
 def sample(truth: Truth, key: Key[Array, ""], num_tokens: int, world: World) -> Float[Array, "token width"]:
     """Draw activations of both models, base first, on tokens that are independent of each other."""
+    return sample_with_strengths(truth, key, num_tokens, world)[0]
+
+
+def sample_with_strengths(
+    truth: Truth, key: Key[Array, ""], num_tokens: int, world: World
+) -> tuple[Float[Array, "token width"], Float[Array, "token feature"]]:
+    """Draw activations as :func:`sample` does; return with them how strongly each feature fires."""
     keys = jax.random.split(key, 5)
     fires = _fires(truth, keys[0], num_tokens, world)
     spread = world.strength_spread * jax.random.normal(keys[1], fires.shape)
@@ -123,7 +136,7 @@ def sample(truth: Truth, key: Key[Array, ""], num_tokens: int, world: World) -> 
     )
     acts = jnp.concatenate([base, strength @ truth.chat], axis=1)
     energy = jnp.mean(jnp.square(acts))
-    return acts + jnp.sqrt(world.noise * energy) * jax.random.normal(keys[3], acts.shape)
+    return acts + jnp.sqrt(world.noise * energy) * jax.random.normal(keys[3], acts.shape), strength
 
 
 def _fires(truth: Truth, key: Array, num_tokens: int, world: World) -> Bool[Array, "token feature"]:
@@ -140,11 +153,14 @@ def _strengths(world: World, kind: Array) -> tuple[Array, Array]:
     base = jnp.where(is_rescaled & is_even, 0.5, 1.0)
     base = jnp.where(kind == KINDS.index("weak in base"), world.weak_strength, base)
     chat = jnp.where(is_rescaled & ~is_even, 0.5, 1.0)
-    return jnp.where(kind == CHAT_ONLY, 0.0, base), jnp.where(kind == BASE_ONLY, 0.0, chat)
+    base = jnp.where(kind == BASE_ONLY, world.exclusive_strength, base)
+    chat = jnp.where(kind == CHAT_ONLY, world.exclusive_strength, chat)
+    return jnp.where(kind == CHAT_ONLY, 0.0, base), world.chat_gain * jnp.where(kind == BASE_ONLY, 0.0, chat)
 
 
 def _frequencies(world: World, kind: Array, key: Array) -> Array:
-    ranked = jax.random.permutation(key, 1 / (jnp.arange(kind.size) + 10.0))
+    weights = 1 / (jnp.arange(kind.size) + 10.0) if world.is_ranked else jnp.ones(kind.size)
+    ranked = jax.random.permutation(key, weights)
     if world.exclusive_frequency is None:
         return world.mean_l0 * ranked / jnp.sum(ranked)
     is_exclusive = (kind == CHAT_ONLY) | (kind == BASE_ONLY)
