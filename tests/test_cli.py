@@ -15,10 +15,9 @@ from interop_cases import PRETRAINED, write_saelens
 import crosscoder_jax
 from crosscoder_jax import cli
 from crosscoder_jax.activations import SameModel, SwapCoordinates, SwapDocuments
+from crosscoder_jax.arguments import option_types
 from crosscoder_jax.commands import Export, Train
-from crosscoder_jax.configs import config_to_json
 from crosscoder_jax.interop import FORMATS
-from crosscoder_jax.language_models import HarvestConfig, TextSource
 from crosscoder_jax.sources import Source, Sources
 from crosscoder_jax.training.config import TrainConfig
 
@@ -66,40 +65,8 @@ def test_help_describes_every_option(name, capsys):
         cli.main([name, "--help"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    for option in cli._option_types(cli.COMMANDS[name].config):
+    for option in option_types(cli.COMMANDS[name].config):
         assert f"--{option}" in printed
-
-
-@pytest.mark.parametrize(
-    ("options", "tensorboard", "is_centred"),
-    [
-        ("", False, True),
-        ("--tensorboard --no-is-centred", True, False),
-        ("--no-tensorboard --is_centred", False, True),
-    ],
-)
-def test_what_is_on_or_off_is_a_flag(options, tensorboard, is_centred):
-    command = cli.parse("train", ["--store", "s", "--output", "o", *shlex.split(options)])
-    assert (command.tensorboard, command.is_centred) == (tensorboard, is_centred)
-
-
-def test_a_flag_can_be_turned_off_that_a_config_file_turned_on(tmp_path):
-    command = cli.parse("train", ["--store", "s", "--output", "o", "--tensorboard"])
-    (tmp_path / "c.json").write_text(json.dumps(config_to_json(command)))
-    assert cli.parse("train", ["--config", str(tmp_path / "c.json")]).tensorboard
-    assert not cli.parse("train", ["--config", str(tmp_path / "c.json"), "--no-tensorboard"]).tensorboard
-
-
-@pytest.mark.parametrize("options", ["--is-centred False", "--is-centred=False", "--no-is_centred True"])
-def test_a_flag_with_a_value_is_refused_with_what_to_write(capsys, options):
-    code, line = fails(capsys, "train", "--store", "s", "--output", "o", *shlex.split(options))
-    assert code == 1
-    assert line == "error: --is-centred takes no value: write --is-centred or --no-is-centred"
-
-
-def test_a_mistyped_flag_is_refused_with_the_nearest(capsys):
-    line = fails(capsys, "train", "--store", "s", "--output", "o", "--no-is-centered")[1]
-    assert line == "error: no option --no-is-centered: did you mean --no-is-centred?"
 
 
 def test_the_command_of_a_run_is_kept_although_it_was_stopped(store, tmp_path, monkeypatch, capsys):
@@ -130,6 +97,15 @@ def test_a_mistyped_option_is_refused_with_the_nearest(capsys):
     assert line == "error: no option --num-latens: did you mean --num-latents?"
 
 
+def test_a_mistyped_option_in_a_config_file_is_refused_with_the_nearest(capsys, tmp_path, run):
+    saved = json.loads((run / "train.command.json").read_text())
+    saved["num_latens"] = saved.pop("num_latents")
+    (tmp_path / "typo.json").write_text(json.dumps(saved))
+    code, line = fails(capsys, "train", "--config", tmp_path / "typo.json")
+    assert code == 1
+    assert "no field 'num_latens': did you mean 'num_latents'?" in line
+
+
 def test_a_missing_store_is_one_line(capsys, tmp_path):
     code, line = fails(capsys, "train", "--store", tmp_path / "none", "--output", tmp_path / "run")
     assert code == 1
@@ -141,30 +117,6 @@ def test_the_saved_config_reads_back_as_the_same_config(run):
     again = cli.parse("train", ["--config", str(run / "train.command.json")])
     assert isinstance(again, Train)
     assert (again.num_latents, again.k, again.held_out) == (24, 3.0, 0.25)
-
-
-def test_options_override_the_config_file(run):
-    again = cli.parse("train", [f"--config={run / 'train.command.json'}", "--k", "5"])
-    assert (again.num_latents, again.k) == (24, 5.0)
-
-
-def test_a_typo_in_a_config_file_is_refused_with_the_nearest(capsys, tmp_path, run):
-    saved = json.loads((run / "train.command.json").read_text())
-    saved["num_latens"] = saved.pop("num_latents")
-    (tmp_path / "typo.json").write_text(json.dumps(saved))
-    code, line = fails(capsys, "train", "--config", tmp_path / "typo.json")
-    assert code == 1
-    assert "no field 'num_latens': did you mean 'num_latents'?" in line
-
-
-def test_texts_are_read_as_label_and_location():
-    options = shlex.split("--store s --base a --chat b --texts novel=moby.jsonl web=some/data?share=2")
-    config = cli.parse("harvest", options)
-    assert isinstance(config, HarvestConfig)
-    assert config.texts == (
-        TextSource("novel", "moby.jsonl"),
-        TextSource("web", "some/data", share=2.0),
-    )
 
 
 def test_a_finished_run_is_left_as_it_is(run, store):
