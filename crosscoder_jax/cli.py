@@ -143,7 +143,7 @@ def calibrate(config: Calibrate) -> None:
 
 def diff(config: Diff) -> None:
     """Write decoder norms, classes and Latent Scaling of every latent as one table."""
-    from crosscoder_jax.diffing.diff import DiffConfig, diff_run, write_diff
+    from crosscoder_jax.diffing import DiffConfig, diff_run, write_diff
     from crosscoder_jax.diffing.nulls import read_null_counts
     from crosscoder_jax.sharding import Shardings, on_mesh
     from crosscoder_jax.training.runs import Run
