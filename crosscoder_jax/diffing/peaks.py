@@ -97,7 +97,7 @@ def _update_top(
 
 
 def _encode(crosscoder: Crosscoder, stored_acts: Acts, stored: Sources) -> Latents:
-    return crosscoder.encode(crosscoder.config.sources.derive(stored_acts.astype(jnp.float32), stored))
+    return crosscoder.encode(crosscoder.config.sources.read(stored_acts, stored))
 
 
 @functools.partial(jax.jit, static_argnames="stored")

@@ -108,8 +108,7 @@ def _update(
     compared: Sources,
     is_stored_space: bool,
 ) -> DiffSums:
-    stored_acts = stored_acts.astype(jnp.float32)
-    own_acts = crosscoder.config.sources.derive(stored_acts, stored)
+    own_acts = crosscoder.config.sources.read(stored_acts, stored)
     code = crosscoder.encode(own_acts)
     shardings = crosscoder.shardings
     scaling = sums.scaling
@@ -117,7 +116,7 @@ def _update(
         scaling = update_scaling(
             scaling,
             decoders,
-            stored_acts if is_stored_space else own_acts,
+            stored.read(stored_acts, stored) if is_stored_space else own_acts,
             code,
             jackknife_groups(documents, scaling.tokens.high.shape[0]),
             is_valid,
