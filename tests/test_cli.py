@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import typing
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,17 @@ from interop_cases import PRETRAINED, write_saelens
 
 import crosscoder_jax
 from crosscoder_jax import cli
-from crosscoder_jax.activations import SameModel, SwapCoordinates, SwapDocuments
+from crosscoder_jax.activations import (
+    ActivationStore,
+    SameModel,
+    Split,
+    SwapCoordinates,
+    SwapDocuments,
+    TokenView,
+)
 from crosscoder_jax.arguments import option_types
 from crosscoder_jax.commands import Export, Train
-from crosscoder_jax.interop import FORMATS
+from crosscoder_jax.interop import FORMATS, encode_array
 from crosscoder_jax.sources import Source, Sources
 from crosscoder_jax.training.config import TrainConfig
 
@@ -121,11 +129,29 @@ def test_the_saved_config_reads_back_as_the_same_config(run):
 
 def test_a_finished_run_is_left_as_it_is(run, store):
     before = (run / "crosscoder" / "crosscoder.safetensors").read_bytes()
-    threshold = json.loads((run / "evaluation.json").read_text())["threshold"]
     cli.main(["train", "--store", str(store), "--output", str(run), *SMALL])
     cli.main(["calibrate", "--run", str(run)])
     assert (run / "crosscoder" / "crosscoder.safetensors").read_bytes() == before
+
+
+def test_the_calibrated_threshold_lets_k_latents_a_token_pass(run, store):
+    crosscoder = crosscoder_jax.load(run / "crosscoder")
+    threshold = json.loads((run / "evaluation.json").read_text())["threshold"]
+    assert float(crosscoder.threshold[...]) == threshold
+    view = TokenView.of_split(ActivationStore.open(store), Split(0.25), held_out=True)
+    # All scores by NumPy in float64: relu(normalised acts @ w_enc + b_enc) * sum of decoder norms.
+    value = {
+        name: np.asarray(getattr(crosscoder, name)[...], np.float64)
+        for name in ("mean", "scale", "w_enc", "b_enc", "w_dec")
+    }
+    acts = view.read_positions(np.arange(view.num_tokens)).astype(np.float64)
+    normalised = (acts - value["mean"]) * np.repeat(value["scale"], training_cases.WIDTHS)
+    norms = [np.linalg.norm(part, axis=1) for part in np.split(value["w_dec"], training_cases.WIDTHS[:1], 1)]
+    scores = np.maximum(normalised @ value["w_enc"] + value["b_enc"], 0) * sum(norms)
+    # k = 3 to 0.1 %, or one pair where that is less, and scores that float32 cannot tell from the cut.
+    unsure = np.sum(np.abs(scores - threshold) < 1e-5 * threshold)
     assert threshold > 0
+    assert abs(np.sum(scores > threshold) - 3 * len(acts)) <= max(3e-3 * len(acts), 1.5) + unsure
 
 
 def test_calibration_brings_the_measured_l0_to_k(run):
@@ -167,13 +193,24 @@ def test_what_was_measured_names_the_crosscoder_it_was_measured_on(run):
         assert measured_on == {"weights_sha256": published, "store_fingerprint": fingerprint}
 
 
+def attributes_of(page):
+    """The names of all attributes of all elements; what scripts and texts say is none."""
+    names = set()
+    parser = HTMLParser()
+    parser.handle_starttag = lambda _, attributes: names.update(name for name, _ in attributes)
+    parser.feed(page)
+    return names
+
+
 def test_the_report_is_one_file_with_the_run_in_it(run, tmp_path):
     page = tmp_path / "report.html"
     cli.main(["report", "--runs", str(run), "--output", str(page), "--title", "A <small> test"])
     text = page.read_text()
     assert "A &lt;small&gt; test" in text
     assert "<small> test" not in text
-    assert "src=" not in text.split("<body", 1)[0]
+    names = attributes_of(text)
+    assert "data-figure" in names
+    assert not {"src", "srcset", "background"} & names
 
 
 def test_a_report_before_the_diff_names_the_command_to_run(capsys, tmp_path, run):
@@ -192,6 +229,14 @@ def test_encode_writes_indices_values_and_reconstruction(run, tmp_path):
     with np.load(tmp_path / "codes.npz") as saved:
         assert saved["indices"].shape == saved["values"].shape
         assert saved["recon"].shape == acts.shape
+        assert_encoded(saved, encode_array(crosscoder_jax.load(run / "crosscoder"), acts))
+
+
+def assert_encoded(saved, expected):
+    """The file holds what the function returns, and that is more than padding."""
+    assert (expected.indices >= 0).any()
+    for name in ("indices", "values", "recon"):
+        np.testing.assert_array_equal(saved[name], getattr(expected, name), err_msg=name)
 
 
 @pytest.mark.parametrize(("name", "axes"), [("batchtopk", (20,)), ("batchtopk_decoupled", (20, 2))])
@@ -204,6 +249,7 @@ def test_encode_reads_crosscoders_of_other_libraries(name, axes, tmp_path):
     with np.load(tmp_path / "c.npz") as saved:
         assert saved["recon"].shape == (20, 64)
         assert saved["indices"].shape[:-1] == axes
+        assert_encoded(saved, encode_array(crosscoder_jax.load(crosscoder), acts))
 
 
 def test_export_converts_from_and_to_other_formats(tmp_path, capsys):
