@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import training_cases
 from interop_cases import PRETRAINED, write_saelens
+from report_cases import make_run
 
 import crosscoder_jax
 from crosscoder_jax import cli
@@ -26,6 +27,7 @@ from crosscoder_jax.activations import (
 from crosscoder_jax.arguments import option_types
 from crosscoder_jax.commands import Export, Train
 from crosscoder_jax.interop import FORMATS, encode_array
+from crosscoder_jax.report.files import read_run
 from crosscoder_jax.sources import Source, Sources
 from crosscoder_jax.training.config import TrainConfig
 
@@ -412,6 +414,41 @@ def pair(tmp_path_factory):
     for name in ("real", "null"):
         cli.main(["diff", "--run", str(folder / name), "--num-snippet-latents", "0"])
     return folder
+
+
+def paths_of(content, where=""):
+    """The path of every value in nested objects; what stands in a list is one value."""
+    if not isinstance(content, dict):
+        return {where}
+    return {path for name, value in content.items() for path in paths_of(value, f"{where}/{name}")}
+
+
+def test_the_runs_that_the_tests_of_the_report_read_hold_what_a_real_run_holds(pair, tmp_path):
+    made = read_run(make_run(tmp_path / "made"))
+    folder = shutil.copytree(pair / "real", tmp_path / "real")
+    for name in ("evaluate", "diff"):
+        cli.main([name, "--run", str(folder)])
+    real = read_run(folder)
+    called = {"base": "before", "chat": "after"}
+
+    def names_of(content):
+        """Its paths with the sources called as in the made run; of the texts only that there are some."""
+        paths = {"/".join(called.get(part, part) for part in path.split("/")) for path in paths_of(content)}
+        return {path.rpartition("/")[0] if path.startswith("/tokens_by_label") else path for path in paths}
+
+    columns = {name.replace("base", "before").replace("chat", "after") for name in real.latents.columns}
+    assert {name for name in made.latents.columns if not name.startswith("share_")} <= columns
+    assert names_of(made.metrics[0]) <= names_of(real.metrics[0])
+    assert names_of(made.evaluation) <= names_of(real.evaluation)
+    assert names_of(made.summary) <= names_of(real.summary)
+    assert made.snippets is not None
+    assert real.snippets is not None
+    assert made.snippets[0][0].keys() == next(kept for kept in real.snippets.values() if kept)[0].keys()
+    # What the recipe holds depends on it: those of the two runs are not the same.
+    assert {name for name in names_of(made.config) if not name.startswith("/train/")} == {
+        name for name in names_of(real.config) if not name.startswith("/train/")
+    }
+    assert set(made.config["train"]) == set(real.config["train"])
 
 
 def test_seeds_are_runs_of_their_own_that_every_command_reads(pair, tmp_path, capsys):
