@@ -1,4 +1,4 @@
-"""The command line: parse a config, call the room that does it, show the result.
+"""The commands: take the config of each, call the room that does it, show the result.
 
 Harvest, train, calibrate, evaluate, diff, report: in this order they lead from two language models
 to a page of evidence. Every mistake of the user is one line on standard error.
@@ -6,22 +6,20 @@ to a page of evidence. Every mistake of the user is one line on standard error.
 
 import dataclasses
 import difflib
-import itertools
 import sys
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 from rich.console import Console
 
-from crosscoder_jax.activations.atomic import read_json, write_bytes_atomically, write_json_atomically
+from crosscoder_jax.activations.atomic import write_bytes_atomically, write_json_atomically
 from crosscoder_jax.activations.manifest import Manifest
+from crosscoder_jax.arguments import parse_options
 from crosscoder_jax.commands import Calibrate, Diff, Encode, Evaluate, Export, ImportActs, Report, Train
 from crosscoder_jax.configs import config_from_json, config_to_json
-from crosscoder_jax.language_models import HarvestConfig, TextSource
+from crosscoder_jax.language_models import HarvestConfig
 from crosscoder_jax.terminal import print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -145,7 +143,7 @@ def calibrate(config: Calibrate) -> None:
 
 def diff(config: Diff) -> None:
     """Write decoder norms, classes and Latent Scaling of every latent as one table."""
-    from crosscoder_jax.diffing.diff import DiffConfig, diff_run, write_diff
+    from crosscoder_jax.diffing import DiffConfig, diff_run, write_diff
     from crosscoder_jax.diffing.nulls import read_null_counts
     from crosscoder_jax.sharding import Shardings, on_mesh
     from crosscoder_jax.training.runs import Run
@@ -274,70 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(name: str, options: Sequence[str]) -> Any:
-    """Return a command's config from its options and, with ``--config FILE``, from a saved one.
-
-    Options override the file.
-
-    Raises:
-        ValueError: if the file is not a config of this command, naming the field.
-    """
-    config_class = COMMANDS[name].config
-    options, file = _take_config_file(options)
-    _refuse_typos(config_class, options)
-    default: dict[str, Any] = {}
-    if file is not None:
-        default["default"] = config_from_json(config_class, read_json(file), where=str(file))
-    return tyro.cli(
-        config_class,
-        prog=f"crosscoder-jax {name}",
-        description=f"{COMMANDS[name].run.__doc__}\n\n--config FILE reads the options of an earlier run.",
-        args=list(options),
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=_REGISTRY,
-        **default,
-    )
-
-
-def _take_config_file(options: Sequence[str]) -> tuple[list[str], Path | None]:
-    rest, file = [], None
-    waiting = iter(options)
-    for option in waiting:
-        if option == "--config":
-            file = next(waiting, None)
-            if file is None:
-                raise ValueError("--config needs the name of a file")
-        elif option.startswith("--config="):
-            file = option.removeprefix("--config=")
-        else:
-            rest.append(option)
-    return rest, None if file is None else Path(file)
-
-
-def _refuse_typos(config_class: type, options: Sequence[str]) -> None:
-    types = _option_types(config_class)
-    flags = [f"{no}{name}" for name, kind in types.items() if kind is bool for no in ("", "no-")]
-    known = ["help", *types, *flags]
-    for option, following in itertools.zip_longest(options, options[1:]):
-        if not option.startswith("--"):
-            continue
-        name, equals, _ = option.removeprefix("--").partition("=")
-        name = name.replace("_", "-")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean --{close[0]}?" if close else "see --help"
-            raise ValueError(f"no option --{name}: {hint}")
-        if name in flags and (equals or following in ("True", "False")):
-            name = name.removeprefix("no-")
-            raise ValueError(f"--{name} takes no value: write --{name} or --no-{name}")
-
-
-def _option_types(config_class: type) -> dict[str, Any]:
-    """Return what each option holds, nested dataclasses' too, by its name on the command line."""
-    types: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(config_class).items():
-        is_nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
-        types |= _option_types(kind) if is_nested else {name.replace("_", "-"): kind}
-    return types
+    """Return the config of command ``name`` from its options; raises as :func:`parse_options`."""
+    command = COMMANDS[name]
+    description = command.run.__doc__ or ""
+    return parse_options(command.config, options, prog=f"crosscoder-jax {name}", description=description)
 
 
 def _print_store(store: str | Path, manifest: Manifest) -> None:
@@ -401,20 +339,3 @@ def _fail(message: str, code: int) -> None:
 
 def _one_line(message: str) -> str:
     return " ".join(message.split()).replace("[", r"\[")
-
-
-_REGISTRY = tyro.constructors.ConstructorRegistry()
-
-
-@_REGISTRY.primitive_rule
-def _text_source(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Read a text as ``label=location``."""
-    if info.type is not TextSource:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="LABEL=LOCATION",
-        instance_from_str=lambda args: TextSource.parse(args[0]),
-        is_instance=lambda instance: isinstance(instance, TextSource),
-        str_from_instance=lambda text: [f"{text.label}={text.location}"],
-    )

@@ -91,7 +91,7 @@ class Train:
     aux_k_weight: float | None = None
     """Weight of the loss that revives dead latents; 0 trains without. By default what was published: 1/32,
     and none with --l1."""
-    dead_after_tokens: int = 10_000_000
+    dead_after_tokens: int = AuxK.dead_after_tokens
     """Tokens without firing after which a latent is dead."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """What encoder and decoder products are computed in; gradients, weights and moments stay float32, or are

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,15 +65,44 @@ def value_from_json(hint: Any, data: Any, *, where: str) -> Any:
     return _read(hint, data, where)
 
 
-def config_differences(mine: Any, theirs: Any, *, path: str = "") -> list[str]:
-    """Return one line per field in which two pieces of plain data differ: ``name: mine, was theirs``."""
+def config_differences(mine: Any, theirs: Any) -> list[str]:
+    """Return one line per field in which two pieces of plain data differ: ``name: mine, was theirs``.
+
+    A field that one side lacks is ``None`` there, as an option that a later version added is by default.
+    """
+    return [f"{path}: {left!r}, was {right!r}" for path, left, right in differing_leaves(mine, theirs)]
+
+
+def differing_leaves(
+    mine: Any, theirs: Any, *, absent: Any = None, path: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield where two pieces of plain data differ, as dotted path, mine and theirs, one per leaf.
+
+    A tuple equals the list that it becomes in JSON, and is yielded as one.
+
+    Args:
+        mine: dicts, lists, numbers, strings; its order comes first.
+        theirs: the same.
+        absent: stands for what one side lacks.
+        path: what the paths begin with.
+
+    Examples:
+        >>> list(differing_leaves({"base": {"width": 4}, "k": (1, 2)}, {"base": {"width": 8}, "k": [1, 2]}))
+        [('base.width', 4, 8)]
+    """
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-        names = [*mine, *(name for name in theirs if name not in mine)]
-        lines = [
-            config_differences(mine.get(n), theirs.get(n), path=f"{path}.{n}" if path else n) for n in names
-        ]
-        return [line for group in lines for line in group]
-    return [] if mine == theirs else [f"{path}: {mine!r}, was {theirs!r}"]
+        prefix = f"{path}." if path else ""
+        for name in [*mine, *(name for name in theirs if name not in mine)]:
+            pair = (side.get(name, absent) for side in (mine, theirs))
+            yield from differing_leaves(*pair, absent=absent, path=f"{prefix}{name}")
+        return
+    left, right = _as_lists(mine), _as_lists(theirs)
+    if left != right:
+        yield path, left, right
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:

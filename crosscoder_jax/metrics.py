@@ -112,7 +112,15 @@ def named_thresholds(threshold: Threshold, sources: Sources) -> dict[str, Array]
 
 
 def frequency_metrics(fired: np.ndarray, num_tokens: int) -> dict[str, float]:
-    """Return the shares of latents that never fire (``"dead"``) and that nearly always do (``"dense"``)."""
+    """Return the shares of latents that never fire (``"dead"``) and that nearly always do (``"dense"``).
+
+    Dead on the tokens that were measured, so the more of them the fewer. The ``"dead"`` that training logs
+    is another number: there a latent is dead that has not fired for ``AuxK.dead_after_tokens`` tokens.
+
+    Args:
+        fired: ``[latent]``, on how many tokens each latent fired.
+        num_tokens: how many there were.
+    """
     frequency = np.asarray(fired, np.float64) / max(num_tokens, 1)
     return {
         "dead": float(np.mean(frequency == 0)),

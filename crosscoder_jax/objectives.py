@@ -203,6 +203,9 @@ class L1OfNorms:
     decoder norms, with ``NormOfConcatenation`` the "L2 of norms". The gradient also shrinks decoders,
     which is what makes shared latents look exclusive (Complete Shrinkage, Latent Decoupling).
 
+    Raises:
+        ValueError: if a value is negative.
+
     References:
         Lindsey et al. 2024; Minder et al. 2025, arXiv 2504.02922.
     """
@@ -273,6 +276,9 @@ class AuxK:
     ``weight * mean ||e - ehat||^2 / mean ||e - mean e||^2`` with the residual e detached and ehat
     decoded without bias from the ``k_aux`` dead latents of each token with the largest scores. Sums are
     in the dtype of the crosscoder, also in float64, where the published code stays in float32.
+
+    Raises:
+        ValueError: if a value is out of range.
 
     References:
         Gao et al. 2024, arXiv 2406.04093; the form is the one of the code behind arXiv 2504.02922.

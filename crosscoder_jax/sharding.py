@@ -15,7 +15,7 @@ from jaxtyping import Array
 class Shardings:
     """Where every tensor lives on the mesh; the default leaves all of them where they are.
 
-    Field names say tensor and axes: b = batch, w = width, l = latent, s = source, g = group.
+    Field names say tensor and axes: b = batch, w = width, l = latent, g = group.
     Latents are spread over ``latent``, tokens over ``data``; no array with the latent axis is ever
     gathered. Without a mesh every field is ``None``, and the same code runs on one device.
     """
@@ -26,9 +26,7 @@ class Shardings:
     w_dec_lw: P | None = None
     per_batch_b: P | None = None
     per_latent_l: P | None = None
-    per_source_sl: P | None = None
     per_group_gl: P | None = None
-    per_width_w: P | None = None
     replicated: P | None = None
 
     @classmethod
@@ -41,9 +39,7 @@ class Shardings:
             w_dec_lw=P(latent, None),
             per_batch_b=P(data),
             per_latent_l=P(latent),
-            per_source_sl=P(None, latent),
             per_group_gl=P(None, latent),
-            per_width_w=P(None),
             replicated=P(),
         )
 

@@ -1,8 +1,8 @@
 """What a crosscoder reads: one or more sources on one concatenated width axis."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,9 @@ class Source:
 def difference(after: Source, before: Source, *, name: str = "difference") -> Source:
     """Derive the source ``after - before``: what a difference SAE reads.
 
+    Raises:
+        ValueError: if the two have different widths.
+
     Examples:
         >>> difference(Source("chat", 4), Source("base", 4)).combination
         (('chat', 1.0), ('base', -1.0))
@@ -60,6 +63,9 @@ def difference(after: Source, before: Source, *, name: str = "difference") -> So
 @dataclasses.dataclass(frozen=True)
 class Sources:
     """The sources of a crosscoder, in the order in which they are concatenated.
+
+    Raises:
+        ValueError: if there is none, or two have one name.
 
     Examples:
         >>> sources = Sources((Source("base", 2), Source("chat", 3)))
@@ -117,7 +123,11 @@ class Sources:
         )
 
     def split(self, values: AnyArray) -> tuple[AnyArray, ...]:
-        """Split ``[..., width]`` into one array per source (views where NumPy or XLA can)."""
+        """Split ``[..., width]`` into one array per source (views where NumPy or XLA can).
+
+        Raises:
+            ValueError: if the last axis is not as long as all sources together.
+        """
         if values.shape[-1] != self.width:
             raise ValueError(
                 f"last axis has length {values.shape[-1]}, but the sources "
@@ -151,6 +161,21 @@ class Sources:
             return stored_acts
         parts = stored.split(stored_acts)
         return jnp.concatenate([_combine(row, parts) for row in matrix], axis=-1)
+
+    def read(
+        self, stored_acts: Float[Array, "*lead stored_width"], stored: "Sources"
+    ) -> Float[Array, "*lead width"]:
+        """Compute these sources from stored ones as a crosscoder takes them: in float32, or float64 if given.
+
+        Args:
+            stored_acts: raw activations of the stored sources in the type they are stored in.
+            stored: what ``stored_acts`` holds.
+
+        Raises:
+            ValueError: as :meth:`derive`.
+        """
+        dtype = jnp.promote_types(stored_acts.dtype, jnp.float32)
+        return self.derive(stored_acts.astype(dtype), stored)
 
     def to_stored_decoder(
         self, w_dec: Float[Array, "latent width"], stored: "Sources"
@@ -231,15 +256,6 @@ class Sources:
         identity = [[(i, 1.0)] for i in range(len(stored))]
         return None if matrix == identity else matrix
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """Return plain data for a config file."""
-        return [dataclasses.asdict(entry) for entry in self.entries]
-
-    @classmethod
-    def from_json(cls, data: Sequence[Mapping[str, Any]]) -> "Sources":
-        """Rebuild from :meth:`to_json`."""
-        return cls(tuple(_source_from_json(entry) for entry in data))
-
 
 def safe_norm(rows: Float[Array, "latent width"]) -> Float[Array, "latent"]:
     """Return the L2 norm of each row; its gradient at a zero row is zero instead of NaN."""
@@ -267,9 +283,3 @@ def _inverse(matrix: list[list[tuple[int, float]]], num_stored: int) -> np.ndarr
 def _combine_all(matrix: np.ndarray, parts: tuple[Array, ...]) -> Array:
     rows = [[(i, float(value)) for i, value in enumerate(row) if value] for row in matrix]
     return jnp.concatenate([_combine(row, parts) for row in rows], axis=-1)
-
-
-def _source_from_json(entry: Mapping[str, Any]) -> Source:
-    combination = entry.get("combination")
-    pairs = None if combination is None else tuple((str(n), float(c)) for n, c in combination)
-    return Source(str(entry["name"]), int(entry["width"]), pairs)

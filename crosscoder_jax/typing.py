@@ -28,7 +28,6 @@ Mask = Bool[Array, "batch latent"]
 
 PerLatent = Float[Array, "latent"]
 PerWidth = Float[Array, "width"]
-PerSource = Float[Array, "source"]
 EncoderWeights = Float[Array, "width latent"]
 DecoderWeights = Float[Array, "latent width"]
 Scalar = Float[Array, ""]

@@ -8,11 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from crosscoder_jax.activations import ActivationStore, StoredSource, StoreWriter
 from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig, Fixed
 from crosscoder_jax.sharding import Shardings
 from crosscoder_jax.sources import Source, Sources
 
 GOLDEN = Path(__file__).parent / "golden"
+WIDTH, NUM_LATENTS = 8, 8
+LABELS = ("prose", "novel")
+# Latent: 0, 1 shared; 2 chat-only, genuine; 3 chat-only by its decoder, but in the base's error
+# (shrunk); 4 base-only, genuine; 5 chat-only and 6 base-only firing together (decoupled); 7 never fires.
+NOVEL_ONLY = 2
+VOCABULARY = {i: f" w{i}".encode() for i in range(100)} | {100: "é".encode()[:1], 101: "é".encode()[1:]}
 TARGETS = ("activation", "activation_no_bias", "reconstruction", "error")
 
 
@@ -101,3 +108,89 @@ def oracle_betas(acts, code, w_dec, b_dec, reference):
             for t, y in enumerate(ys):
                 beta[t, m, j] = design @ y.ravel() / (design @ design)
     return beta
+
+
+def planted(num_tokens=1800, seed=0):
+    """Activations of two models made of eight orthogonal directions, and which features are on."""
+    rng = np.random.default_rng(seed)
+    directions = np.linalg.qr(rng.standard_normal((WIDTH, WIDTH)))[0]
+    documents = np.arange(num_tokens) // 15
+    labels = documents % 2
+    code = (0.5 + rng.random((num_tokens, NUM_LATENTS))) * (rng.random((num_tokens, NUM_LATENTS)) < 0.3)
+    code[labels == 0, NOVEL_ONLY] = 0
+    code[:, 6] = code[:, 5]
+    code[:, 7] = 0
+    directions[6] = directions[5]  # the same concept, coded twice
+    strength = np.zeros((NUM_LATENTS, 2))  # decoder norm in each source
+    strength[[0, 1]] = 1.0, 1.0
+    strength[[2, 3, 5], 1] = 2.0
+    strength[[4, 6], 0] = 2.0
+    strength[7] = 1.0
+    w_dec = strength[:, :, None] * directions[:, None]  # [latent, source, width]
+    acts = np.einsum("nl,lsd->nsd", code, w_dec)
+    acts[:, 0] += 0.6 * 2.0 * code[:, 3:4] * directions[3]
+    return acts.astype(np.float32), code, w_dec, directions, documents, labels
+
+
+def planted_crosscoder(w_dec, directions, shardings=None):
+    """An encoder that reads each planted feature off the model that has it, exactly."""
+    w_enc = np.zeros((2, WIDTH, NUM_LATENTS))
+    for j, source in enumerate((1, 1, 1, 1, 0, 1, 0, 1)):
+        norm = np.linalg.norm(w_dec[j, source])
+        w_enc[source, :, j] = directions[j] / norm
+    b_enc = np.zeros(NUM_LATENTS)
+    b_enc[7] = -100.0
+    return make_crosscoder(
+        pair(WIDTH),
+        w_enc.reshape(2 * WIDTH, NUM_LATENTS),
+        b_enc,
+        w_dec.reshape(NUM_LATENTS, -1),
+        np.zeros(2 * WIDTH),
+        threshold=0.1,
+        shardings=shardings,
+    )
+
+
+def write_store(path, acts, documents, labels, names=("base", "chat")):
+    sources = [
+        StoredSource(name, acts.shape[2], f"org/{name}", None, "blocks.1.resid_post") for name in names
+    ]
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 100, len(acts))
+    positions = np.concatenate([np.arange(n) for n in np.bincount(documents)])
+    with StoreWriter.create_or_resume(
+        path, sources=sources, dtype="float32", labels=LABELS, config={}, chunk_tokens=64
+    ) as writer:
+        writer.append(
+            {name: acts[:, i] for i, name in enumerate(names)},
+            tokens=tokens,
+            documents=documents,
+            positions=positions,
+            labels=labels,
+        )
+        writer.finish({}, VOCABULARY)
+    return ActivationStore.open(path)
+
+
+def two_model_columns():
+    """Eight latents: number, class, verdict, energy, active tokens, delta_norm."""
+    rows = [
+        ("shared", "", 9.0, 900, 0.50),
+        ("chat-only", "complete shrinkage", 5.0, 300, 0.95),
+        ("base-only", "confirmed", 1.0, 80, 0.05),
+        ("other", "", 3.0, 400, 0.75),
+        ("dead", "", 0.0, 0, 0.99),
+        ("other", "", 3.0, 5, 0.85),  # further out than latent 3, but it fired on five tokens only
+        ("chat-only", "confirmed", 2.0, 60, 0.97),
+        ("chat-only", "undetermined", 7.0, 4, 1.00),
+    ]
+    classes, verdict, energy, active, delta = zip(*rows, strict=True)
+    return {
+        "latent": np.arange(8),
+        "latent_class": np.array(classes, object),
+        "verdict": np.array(verdict, object),
+        "evidence": np.array(["too little" if n < 50 else "enough" for n in active], object),
+        "energy": np.array(energy),
+        "active_tokens": np.array(active),
+        "delta_norm": np.array(delta),
+    }

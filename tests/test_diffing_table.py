@@ -1,33 +1,10 @@
 import numpy as np
 import pytest
+from diffing_cases import two_model_columns
 
-from crosscoder_jax.diffing.table import class_summary, strongest_latents
+from crosscoder_jax.diffing.table import strongest_latents
 
 LABELS = ("prose", "novel")
-
-
-def two_model_columns():
-    """Eight latents: number, class, verdict, energy, active tokens, delta_norm."""
-    rows = [
-        ("shared", "", 9.0, 900, 0.50),
-        ("chat-only", "complete shrinkage", 5.0, 300, 0.95),
-        ("base-only", "confirmed", 1.0, 80, 0.05),
-        ("other", "", 3.0, 400, 0.75),
-        ("dead", "", 0.0, 0, 0.99),
-        ("other", "", 3.0, 5, 0.85),  # further out than latent 3, but it fired on five tokens only
-        ("chat-only", "confirmed", 2.0, 60, 0.97),
-        ("chat-only", "undetermined", 7.0, 4, 1.00),
-    ]
-    classes, verdict, energy, active, delta = zip(*rows, strict=True)
-    return {
-        "latent": np.arange(8),
-        "latent_class": np.array(classes, object),
-        "verdict": np.array(verdict, object),
-        "evidence": np.array(["too little" if n < 50 else "enough" for n in active], object),
-        "energy": np.array(energy),
-        "active_tokens": np.array(active),
-        "delta_norm": np.array(delta),
-    }
 
 
 def test_two_models_confirmed_first_then_claimed_then_extreme():
@@ -73,16 +50,3 @@ def test_a_difference_takes_turns_between_energy_and_concentration():
 def test_a_difference_on_one_text_goes_by_energy_alone():
     columns = difference_columns([1.0, 1.0, 1.0], [1, 3, 2], [100, 100, 100])
     assert strongest_latents(columns, ("novel",), 3, 50).tolist() == [1, 2, 0]
-
-
-def test_class_summary_by_hand():
-    summary = class_summary(two_model_columns())
-    assert summary["counts"] == {"base-only": 1, "shared": 1, "chat-only": 3, "other": 2, "dead": 1}
-    assert (summary["claimed"], summary["confirmed"]) == (4, 2)
-    assert summary["confirmed_by_class"] == {"base-only": 1, "chat-only": 1}
-    assert summary["verdicts"]["undetermined"] == 1
-    assert summary["verdicts"]["latent decoupling"] == 0
-    assert summary["too_little_evidence"] == 3
-    counts = summary["delta_norm_histogram"]["counts"]
-    # Bins are 0.02 wide; 1.0 belongs to the last one, and the dead latent's 0.99 is not counted.
-    assert (sum(counts), counts[2], counts[25], counts[49]) == (7, 1, 1, 1)

@@ -30,6 +30,7 @@ ROOMS = [
     "planning",
     "report",
     "commands",
+    "arguments",
     "terminal",
     "cli",
 ]
@@ -46,8 +47,9 @@ ALLOWED = {
     "interop": {"flax", "safetensors", "huggingface_hub", "yaml", "pyarrow", "ml_dtypes"},
     "planning": {"flax", "libtpu"},
     "report": {"plotly", "jinja2", "pyarrow", "scipy"},
+    "arguments": {"tyro"},
     "terminal": {"rich"},
-    "cli": {"tyro", "rich"},
+    "cli": {"rich"},
 }
 """What a room may use beyond the standard library and EVERYWHERE."""
 

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("plotly", reason="the report draws with plotly: install the extra 'report'")
 
-from test_report_files import make_run
+from report_cases import make_run
 
 from crosscoder_jax.report import comparison, content, plots, wording
 from crosscoder_jax.report.cards import (
@@ -351,8 +351,8 @@ def test_what_was_compared(tmp_path):
     assert (after.hook_point, after.width, after.revision) == ("blocks.15.resid_post", "576", "not recorded")
     assert [(t.label, t.tokens.text) for t in comparison.text_shares(method)] == TOKENS_BY_TEXT
     rows = {row.heading: row.values[0].text for row in comparison.recipe_rows([method])}
-    assert rows["Sparsity"] == "BatchTopK, k 32"
-    assert rows["Dead-latent loss"] == "AuxK, weight 0.03125"
+    assert rows["Sparsity"] == "BatchTopK, k 32, anneal_steps 0, is_k_whole no"
+    assert rows["Dead-latent loss"] == "AuxK, weight 0.03125, dead_after_tokens 10,000,000"
     assert (rows["Steps"], rows["Seed"]) == ("1,200", "0")
     assert "Sparsity penalty" not in rows  # no run has one
     tokens = {row.heading: row.values[0].text for row in comparison.token_rows([method])}

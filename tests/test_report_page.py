@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("plotly", reason="the report draws with plotly: install the extra 'report'")
 
-from test_report_files import HOSTILE, make_run
+from report_cases import HOSTILE, make_run
 
 from crosscoder_jax.report import ReportConfig, figures, plots, write_report
 from crosscoder_jax.report.content import Cutoffs, build_method
@@ -118,14 +118,15 @@ def test_every_figure_has_its_data_and_a_description(page):
     assert {a["href"][1:] for a in page.named("a") if a.get("href", "").startswith("#")} <= set(ids)
 
 
-def test_the_page_says_what_was_found_and_how_it_was_made(page):
+def test_the_page_says_what_was_found_and_how_it_was_made(page, runs):
+    fingerprint = read_run(runs[0]).config["store_identity"]["fingerprint"]
     for words in (
         "claims 12 as chat-only and 3 as base-only",
         "SmolLM2-135M-Instruct + LoRA on Moby-Dick",
         "No snippets were kept for this latent",
         "arXiv 2504.02922",
         "Written on 2026-11-21",
-        "0123456789abcdef",
+        fingerprint,
         "BatchTopK, k 32",
         "not confirmed: nu_error 0.",
         "where one model is louder everywhere, shared latents gather on its side of 0.5",
@@ -272,7 +273,7 @@ def test_a_single_latent_is_seen_on_the_log_axis():
     ],
 )
 def test_the_bounds_belong_to_their_class(value, name):
-    assert figures.class_of(value, Cutoffs()) == name
+    assert figures.class_names(np.array([value]), Cutoffs()) == [name]
 
 
 def test_scatter_draws_95_percent_bars_and_the_confirmed_corner():

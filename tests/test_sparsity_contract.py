@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import inspect
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from core_cases import MESHES, assert_only_scalars_are_reduced
 
 from crosscoder_jax.sharding import Shardings, make_mesh
-from crosscoder_jax.sparsity import BatchTopK, JumpReLU, ReLU, Sparsity, TopK
+from crosscoder_jax.sparsity import BatchTopK, JumpReLU, ReLU, Sparsity, SparsityContract, TopK
 
 BATCH, LATENT = 16, 24
 
@@ -66,6 +68,15 @@ CASES = {
     "jump relu": Case(JumpReLU(initial_threshold=0.8), None),
     "relu": Case(ReLU(), None),
 }
+
+
+@pytest.mark.parametrize("sparsity", typing.get_args(Sparsity), ids=lambda sparsity: sparsity.__name__)
+def test_every_sparsity_takes_what_the_contract_names(sparsity):
+    for method in ("__call__", "at_inference"):
+        ours, promised = (inspect.signature(getattr(c, method)) for c in (sparsity, SparsityContract))
+        assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
+            (p.name, p.kind, p.default) for p in promised.parameters.values()
+        ]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -145,12 +145,18 @@ def test_typical_scores_take_few_passes_and_a_good_guess_saves_some():
     assert check(scores, count, sorted_cut(scores, count)) == 1
 
 
-@pytest.mark.parametrize("count", [1, 2, 500, 1023, 1024])
+# 508 scores are larger than the steps of the staircase, and 516 reach its lowest one.
+@pytest.mark.parametrize("count", [1, 2, 500, 509, 510, 512, 515, 516, 517, 1023, 1024])
 def test_passes_stay_bounded_for_scores_made_to_defeat_interpolation(count):
     # Every power of two in the range of float32 four times over, and a staircase of neighbours.
     powers = np.float32(2.0) ** np.arange(-126, 128, dtype=np.float32)
-    neighbours = np.nextafter(np.float32(1), np.float32(2)) * np.ones(8, np.float32)
-    scores = np.concatenate([np.repeat(powers, 4), neighbours])[:1024]
+    neighbours = [np.float32(1)]
+    for _ in range(8):
+        neighbours.append(np.nextafter(neighbours[-1], np.float32(2)))
+    scores = np.concatenate([np.repeat(powers, 4), neighbours[1:]])
+    # The steps are as small as float32 has them: eight scores, one unit in the last place apart.
+    assert len(scores) == 1024
+    np.testing.assert_array_equal(np.diff(scores[-8:].view(np.int32)), 1)
     check(scores, count)
     check(scores, count, 3e38)
 

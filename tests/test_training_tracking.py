@@ -66,6 +66,24 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_dropped(tmp_path, cut):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 11]
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{nonsense}", "line 2 is not JSON"),
+        ("[1]", "line 2 is no object with a 'step'"),
+        ('{"loss": 1}', "line 2 is no object with a 'step'"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, message):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"metrics.jsonl {message}.*: remove the line"):
+        read_metrics(path)
+    with pytest.raises(ValueError, match=message):
+        JsonLinesTracker(path, first_step=5)
+    assert path.read_text() == '{"step": 1}\n' + line + "\n"
+
+
 def test_no_file_reads_as_no_metrics(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 

@@ -127,10 +127,13 @@ class StoredBatch:
     acts: Float[np.ndarray, "batch width"]
     """Raw activations."""
     tokens: Integer[np.ndarray, "batch"]
+    """Number of the token in the tokenizer's vocabulary."""
     documents: Integer[np.ndarray, "batch"]
+    """Index of the token's document in the store."""
     positions: Integer[np.ndarray, "batch"]
     """Position in the document."""
     labels: Integer[np.ndarray, "batch"]
+    """Which of the manifest's ``labels`` the document carries."""
     token_index: Integer[np.ndarray, "batch"]
     """Index of the token in the store."""
     is_valid: Bool[np.ndarray, "batch"]

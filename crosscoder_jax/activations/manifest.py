@@ -9,6 +9,7 @@ from typing import Any
 
 from crosscoder_jax.activations.atomic import read_json
 from crosscoder_jax.activations.statistics import SourceStatistics
+from crosscoder_jax.configs import differing_leaves
 
 FORMAT_VERSION = 1
 """Raised whenever an older reader would misread a newer store."""
@@ -56,11 +57,15 @@ class Manifest:
     """The description of a finished store."""
 
     format_version: int
+    """:data:`FORMAT_VERSION` of the package that wrote it."""
     sources: tuple[StoredSource, ...]
+    """What was stored, in the order of the concatenated width axis."""
     dtype: str
     """``bfloat16`` or ``float32``."""
     num_tokens: int
+    """Rows of every column."""
     num_documents: int
+    """Documents those tokens are of; a document's tokens stand together."""
     chunk_tokens: int
     """Tokens per file of activations: what is read at once."""
     labels: tuple[str, ...]
@@ -156,19 +161,8 @@ def describe_differences(
         >>> describe_differences({"base": {"width": 4}}, {"base": {"width": 8}})
         ['base.width: expected 4, found 8']
     """
-    if isinstance(expected, Mapping) and isinstance(found, Mapping):
-        keys = list(expected) + [key for key in found if key not in expected]
-        prefix = f"{path}." if path else ""
-        absent = _Absent()
-        return [
-            line
-            for key in keys
-            for line in describe_differences(
-                expected.get(key, absent), found.get(key, absent), f"{prefix}{key}", words
-            )
-        ]
-    left, right = _normalised(expected), _normalised(found)
-    return [] if left == right else [f"{path}: {words[0]} {left!r}, {words[1]} {right!r}"]
+    leaves = differing_leaves(expected, found, absent=_Absent(), path=path)
+    return [f"{where}: {words[0]} {left!r}, {words[1]} {right!r}" for where, left, right in leaves]
 
 
 class _Absent:
@@ -181,11 +175,6 @@ class _Absent:
         return isinstance(other, _Absent)
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-
-def _normalised(value: Any) -> Any:
-    # JSON has no tuples: what was a tuple in a config is a list when read back.
-    return [_normalised(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _parsed(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class BatchSchedule:
     window_blocks: int = 32
     """Blocks that are shuffled together."""
     seed: int = 0
+    """Of the order of blocks and of the tokens in a window, another one each epoch."""
     block_starts: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     """Where each block begins, in place of multiples of ``block_tokens``: aligns blocks with files."""
 

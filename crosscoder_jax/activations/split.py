@@ -30,6 +30,7 @@ class Split:
     fraction: float = 0.1
     """Share of the documents that is held out, on average."""
     seed: int = 0
+    """Of the hash: another seed holds out other documents."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction < 1:

@@ -100,6 +100,7 @@ def spread_sample(view: TokenView, num_tokens: int) -> Float[np.ndarray, "token 
 
     Raises:
         StoreError: if a file is damaged.
+        ValueError: if ``num_tokens`` is not positive.
     """
     if num_tokens <= 0:
         raise ValueError(f"num_tokens={num_tokens} of a sample must be positive")

@@ -33,7 +33,7 @@ from crosscoder_jax.diffing.verdicts import verdicts as verdicts
 from crosscoder_jax.lazy import lazy_members
 
 if TYPE_CHECKING:
-    from crosscoder_jax.diffing.diff import DiffConfig as DiffConfig
+    from crosscoder_jax.diffing.config import DiffConfig as DiffConfig
     from crosscoder_jax.diffing.diff import diff_run as diff_run
     from crosscoder_jax.diffing.matching import Matches as Matches
     from crosscoder_jax.diffing.matching import Recurrence as Recurrence
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_members(
     __name__,
     {
-        "DiffConfig": "diff",
+        "DiffConfig": "config",
         "diff_run": "diff",
         "Matches": "matching",
         "Recurrence": "matching",

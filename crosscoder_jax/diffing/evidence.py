@@ -134,9 +134,11 @@ class TopActivations:
     """The strongest activations of some latents, strongest first; unfilled places hold 0 and -1."""
 
     values: Float[Array, "latent place"]
+    """Activations there, in the units of the code."""
     tokens: Int[Array, "latent place"]
     """Index of the token in the store."""
     documents: Int[Array, "latent place"]
+    """Index of the token's document."""
 
     def merge(self, other: "TopActivations", *, one_per_document: bool = True) -> "TopActivations":
         """Return the strongest of both."""

@@ -1,6 +1,5 @@
-"""The table of latents, its summary, and the files they are written to."""
+"""The table of latents, and the files it is written to with its summary."""
 
-import collections
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,6 @@ from crosscoder_jax.diffing.latent_scaling import LatentScaling
 from crosscoder_jax.diffing.snippets import Snippet
 from crosscoder_jax.diffing.verdicts import Verdict
 from crosscoder_jax.sources import Sources
-
-HISTOGRAM_EDGES = np.linspace(0.0, 1.0, 51)
-"""Bins of ``delta_norm``, 0.02 wide, so that the published cut-offs are edges."""
 
 Columns = dict[str, np.ndarray]
 
@@ -89,31 +85,6 @@ def scaling_columns(
         "verdict": np.array([str(verdict) for verdict in verdicts], object),
         "why_not": np.array(why_not, object),
     }
-
-
-def class_summary(columns: Columns) -> dict[str, Any]:
-    """Return class counts, what the histogram claims, what Latent Scaling leaves of it, and the histogram."""
-    classes, delta = columns["latent_class"], columns["delta_norm"]
-    is_exclusive = np.isin(classes.astype(str), [c.label for c in LatentClass if c.is_exclusive])
-    is_live = (classes != LatentClass.DEAD.label) & np.isfinite(delta)
-    summary: dict[str, Any] = {
-        "counts": {c.label: int(np.sum(classes == c.label)) for c in LatentClass},
-        "claimed": int(is_exclusive.sum()),
-        "delta_norm_histogram": {
-            "edges": [round(edge, 6) for edge in HISTOGRAM_EDGES.tolist()],
-            "counts": np.histogram(np.clip(delta[is_live], 0, 1), HISTOGRAM_EDGES)[0].tolist(),
-        },
-    }
-    if "verdict" in columns:
-        found = collections.Counter(columns["verdict"][is_exclusive].tolist())
-        is_confirmed = columns["verdict"] == str(Verdict.CONFIRMED)
-        summary["confirmed"] = int(is_confirmed.sum())
-        summary["confirmed_by_class"] = {
-            c.label: int(np.sum(is_confirmed & (classes == c.label))) for c in LatentClass if c.is_exclusive
-        }
-        summary["verdicts"] = {str(v): found[str(v)] for v in Verdict if v is not Verdict.NONE}
-        summary["too_little_evidence"] = int(np.sum(columns["evidence"] != "enough"))
-    return summary
 
 
 def write_diff(result: DiffResult, folder: str | Path) -> None:

@@ -93,7 +93,7 @@ def _encode_rows(crosscoder: Crosscoder, rows: np.ndarray, stored: Sources, star
 
 @functools.partial(jax.jit, static_argnames="stored")
 def _forward(crosscoder: Crosscoder, rows: jax.Array, stored: Sources) -> tuple[jax.Array, jax.Array]:
-    code = crosscoder.encode(crosscoder.config.sources.derive(rows, stored))
+    code = crosscoder.encode(crosscoder.config.sources.read(rows, stored))
     return code, crosscoder.decode(code)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from crosscoder_jax.report.content import EXCLUSIVE_CLASSES, Kind, Method
+from crosscoder_jax.report.content import Kind, Method
+from crosscoder_jax.report.names import BASE_ONLY, CHAT_ONLY, CONFIRMED, EXCLUSIVE_CLASSES, OTHER
 from crosscoder_jax.report.numbers import Figure, decimal, interval, share, significant
 from crosscoder_jax.report.text import quoted, visible
 from crosscoder_jax.report.wording import what_is_read
@@ -85,13 +86,13 @@ def card_groups(method: Method, limits: CardLimits) -> tuple[CardGroup, ...]:
     """Choose the latents of a method that a reader should see and build their cards."""
     if not method.has_classes:
         return _unclassed_groups(method, limits)
-    return tuple(_direction_group(method, name, limits) for name in ("chat-only", "base-only"))
+    return tuple(_direction_group(method, name, limits) for name in (CHAT_ONLY, BASE_ONLY))
 
 
 def choose_exclusive(method: Method, latent_class: str, number: int) -> np.ndarray:
     """Choose rows of claimed latents: confirmed ones first, those with snippets before others, by energy."""
     rows = np.flatnonzero(method.latents.words("latent_class") == latent_class)
-    is_confirmed = method.latents.words("verdict")[rows] == "confirmed"
+    is_confirmed = method.latents.words("verdict")[rows] == CONFIRMED
     order = np.lexsort((-_energy(method)[rows], ~_has_snippets(method)[rows], ~is_confirmed))
     return rows[order][:number]
 
@@ -99,8 +100,8 @@ def choose_exclusive(method: Method, latent_class: str, number: int) -> np.ndarr
 def choose_leaning(method: Method, latent_class: str, number: int) -> np.ndarray:
     """Choose live rows nearest to a class that nothing reached, those with snippets before others."""
     delta = method.latents.numbers("delta_norm")
-    is_live = method.latents.words("latent_class") == "other"
-    is_chat = latent_class == "chat-only"
+    is_live = method.latents.words("latent_class") == OTHER
+    is_chat = latent_class == CHAT_ONLY
     is_side = delta > method.cutoffs.shared_max if is_chat else delta < method.cutoffs.shared_min
     rows = np.flatnonzero(is_live & is_side)
     extremity = -delta[rows] if is_chat else delta[rows]

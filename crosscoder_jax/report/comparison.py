@@ -12,21 +12,21 @@ from crosscoder_jax.report.numbers import Figure, count, missing, share
 
 NOT_RECORDED = "not recorded in the run"
 
-RECIPE: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Latents", ("num_latents",)),
-    ("Sparsity", ("sparsity",)),
-    ("Reconstruction loss", ("loss",)),
-    ("Sparsity penalty", ("l1",)),
-    ("Dead-latent loss", ("aux_k",)),
-    ("Batch, tokens", ("batch_size",)),
-    ("Steps", ("num_steps",)),
-    ("Learning rate", ("learning_rate",)),
-    ("Warm-up steps", ("warmup_steps",)),
-    ("Compute dtype", ("dtype",)),
-    ("Seed", ("seed",)),
-    ("Null data", ("null",)),
+RECIPE: tuple[tuple[str, str], ...] = (
+    ("Latents", "num_latents"),
+    ("Sparsity", "sparsity"),
+    ("Reconstruction loss", "loss"),
+    ("Sparsity penalty", "l1"),
+    ("Dead-latent loss", "aux_k"),
+    ("Batch, tokens", "batch_size"),
+    ("Steps", "num_steps"),
+    ("Learning rate", "learning_rate"),
+    ("Warm-up steps", "warmup_steps"),
+    ("Compute dtype", "dtype"),
+    ("Seed", "seed"),
+    ("Null data", "null"),
 )
-"""Rows of the recipe table and the keys of a run's config under which their values may stand."""
+"""Rows of the recipe table and the fields of a run's config that they show."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TextShare:
-    """How many of the stored or analysed tokens came from one text."""
+    """How many of the analysed tokens came from one text."""
 
     label: str
     tokens: Figure
@@ -75,10 +75,8 @@ def text_labels(methods: Sequence[Method]) -> tuple[str, ...]:
 
 
 def text_shares(method: Method) -> tuple[TextShare, ...]:
-    """Give the tokens of each text, where the summary of the diff or the harvest counts them."""
-    counted = find(method.files.summary, "tokens_by_label", "label_tokens", "tokens_per_label")
-    counted = counted or find(method.files.provenance, "tokens_by_label", "label_tokens", "tokens_per_label")
-    numbers: Mapping[str, Any] = counted if isinstance(counted, Mapping) else {}
+    """Give the held-out tokens of each text, as the summary of the diff counts them."""
+    numbers: Mapping[str, int] = method.files.summary.get("tokens_by_label", {})
     total = sum(numbers.values())
     return tuple(
         TextShare(
@@ -109,8 +107,8 @@ def token_rows(methods: Sequence[Method]) -> tuple[Row, ...]:
 def recipe_rows(methods: Sequence[Method]) -> tuple[Row, ...]:
     """Give the rows of the recipe table; rows that no run records are left out."""
     rows = [
-        Row(heading, tuple(_recipe_value(heading, find(method.files.config, *keys)) for method in methods))
-        for heading, keys in RECIPE
+        Row(heading, tuple(_recipe_value(heading, find(method.files.config, key)) for method in methods))
+        for heading, key in RECIPE
     ]
     return tuple(row for row in rows if _is_known(row))
 
@@ -134,15 +132,15 @@ def config_json(method: Method) -> str:
 
 
 def describe(value: Any) -> str:
-    """Write a config value in words: an object as its kind and its settings."""
+    """Write a config value in words: an object as its type and its settings.
+
+    Examples:
+        >>> describe({"type": "BatchTopK", "k": 100.0, "initial_k": None, "anneal_steps": 5000})
+        'BatchTopK, k 100, anneal_steps 5,000'
+    """
     if isinstance(value, Mapping):
-        kind_key = next((key for key in ("kind", "type", "name", "_type", "class") if key in value), None)
-        kind = [str(value[kind_key])] if kind_key else []
-        nested = len(value) == 1 and isinstance(next(iter(value.values())), Mapping)
-        if nested and not kind:
-            name, settings = next(iter(value.items()))
-            return describe({"kind": name, **settings})
-        settings = [f"{k} {describe(v)}" for k, v in value.items() if k != kind_key and v is not None]
+        kind = [str(value["type"])] if "type" in value else []
+        settings = [f"{k} {describe(v)}" for k, v in value.items() if k != "type" and v is not None]
         return ", ".join(kind + settings)
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -195,6 +193,5 @@ def short_revision(revision: str) -> str:
 
 
 def _held_out(method: Method) -> float | None:
-    split = find(method.files.config, "split")
-    value = find(split, "fraction", "held_out_fraction", "held_out") if isinstance(split, Mapping) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    fraction = method.files.config.get("split", {}).get("fraction")
+    return None if fraction is None else float(fraction)

@@ -11,35 +11,25 @@ from typing import Any
 
 import numpy as np
 
+from crosscoder_jax.diffing.decoder_norms import Cutoffs as ClassCutoffs
+from crosscoder_jax.diffing.latent_scaling import NUM_GROUPS
+from crosscoder_jax.diffing.verdicts import MAX_NU_ERROR, MAX_NU_RECON
 from crosscoder_jax.report.files import LatentTable, RunFiles, find, source_entries
+from crosscoder_jax.report.names import CLASSES, DEAD, EXCLUSIVE_CLASSES, NOT_TESTED, VERDICTS
 from crosscoder_jax.report.numbers import errors_in_half_interval
 
-CLASSES = ("base-only", "shared", "chat-only", "other", "dead")
-EXCLUSIVE_CLASSES = ("chat-only", "base-only")
-VERDICTS = (
-    "confirmed",
-    "complete shrinkage",
-    "latent decoupling",
-    "shrinkage and decoupling",
-    "undetermined",
-    "not tested",
-)
-DEFAULT_NUM_GROUPS = 20
-"""Jackknife groups of a diff that does not say how many it took."""
 CONCENTRATED_SHARE = 0.8
 """A latent is about one text when this share of its summed activation lies there."""
 
 
 @dataclass(frozen=True)
-class Cutoffs:
+class Cutoffs(ClassCutoffs):
     """Where classes begin and end and what Latent Scaling asks for (arXiv 2504.02922)."""
 
-    base_only_max: float = 0.1
-    shared_min: float = 0.4
-    shared_max: float = 0.6
-    chat_only_min: float = 0.9
-    max_nu_error: float = 0.2
-    max_nu_recon: float = 0.5
+    max_nu_error: float = MAX_NU_ERROR
+    """A latent is confirmed below this ..."""
+    max_nu_recon: float = MAX_NU_RECON
+    """... and below this."""
 
 
 class Kind(enum.Enum):
@@ -120,8 +110,8 @@ class Method:
     def dead_fraction(self) -> float | None:
         """Give the held-out fraction of dead latents; counted in the table where evaluation is missing."""
         value = self._evaluated("dead")
-        if value is None and "dead" in self.class_counts and self.num_latents:
-            return self.class_counts["dead"] / self.num_latents
+        if value is None and DEAD in self.class_counts and self.num_latents:
+            return self.class_counts[DEAD] / self.num_latents
         return value
 
     def _evaluated(self, key: str) -> float | None:
@@ -193,17 +183,14 @@ def read_cutoffs(summary: Mapping[str, Any]) -> Cutoffs:
     """Read the cut-offs that diffing used; those it does not state are the paper's."""
     stated = summary.get("cutoffs")
     flat = _flatten(stated) if isinstance(stated, Mapping) else {}
-    names = {name: name for name in Cutoffs.__dataclass_fields__} | {
-        "nu_error": "max_nu_error",
-        "nu_recon": "max_nu_recon",
-    }
-    return Cutoffs(**{names[key]: float(value) for key, value in flat.items() if key in names})
+    names = Cutoffs.__dataclass_fields__
+    return Cutoffs(**{key: float(value) for key, value in flat.items() if key in names})
 
 
 def num_groups(summary: Mapping[str, Any]) -> int:
     """Give the groups of documents behind the standard errors; those it does not state are the default's."""
     stated = summary.get("latent_scaling", {})
-    return stated.get("groups_with_tokens") or stated.get("num_groups") or DEFAULT_NUM_GROUPS
+    return stated.get("groups_with_tokens") or stated.get("num_groups") or NUM_GROUPS
 
 
 def count_classes(latents: LatentTable) -> dict[str, int]:
@@ -218,7 +205,7 @@ def count_verdicts(latents: LatentTable) -> dict[str, dict[str, int]]:
     A claimed latent with an empty verdict counts as not tested, so the verdicts of a class add up to it.
     """
     classes, verdicts = latents.words("latent_class"), latents.words("verdict")
-    named = np.where(np.isin(verdicts.astype(str), VERDICTS), verdicts, "not tested")
+    named = np.where(np.isin(verdicts.astype(str), VERDICTS), verdicts, NOT_TESTED)
     return {
         latent_class: {v: int(np.sum((classes == latent_class) & (named == v))) for v in VERDICTS}
         for latent_class in EXCLUSIVE_CLASSES
@@ -239,7 +226,7 @@ def count_concentrated(latents: LatentTable) -> dict[str, int]:
 
 def has_latent_scaling(method: Method) -> bool:
     """Tell whether any claimed latent of a method was tested."""
-    return method.claimed() > method.verdicts("not tested")
+    return method.claimed() > method.verdicts(NOT_TESTED)
 
 
 def most_leaning(method: Method) -> tuple[float, float] | None:
@@ -251,7 +238,7 @@ def most_leaning(method: Method) -> tuple[float, float] | None:
 def live_delta_norms(method: Method) -> np.ndarray:
     """Give the finite decoder norm differences of the latents that are not dead."""
     values = method.latents.numbers("delta_norm")
-    is_live = (method.latents.words("latent_class") != "dead") & np.isfinite(values)
+    is_live = (method.latents.words("latent_class") != DEAD) & np.isfinite(values)
     return values[is_live]
 
 

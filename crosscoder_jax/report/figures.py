@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import plotly.graph_objects as go
 
+from crosscoder_jax.diffing.decoder_norms import class_labels, classify_latents
 from crosscoder_jax.report.content import Cutoffs
+from crosscoder_jax.report.names import BASE_ONLY, BOTH, CHAT_ONLY, CONFIRMED, DECOUPLING, SHARED, SHRINKAGE
 from crosscoder_jax.report.palette import (
     CLASS_COLOURS,
     CLASS_TEXT,
@@ -87,7 +90,7 @@ def histogram(
             y=counts,
             width=1 / num_bins,
             marker={
-                "color": [CLASS_COLOURS[class_of(x, cutoffs)] for x in centres],
+                "color": [CLASS_COLOURS[name] for name in class_names(centres, cutoffs)],
                 "line": {"width": 0.6, "color": PAPER},
             },
             customdata=np.stack([edges[:-1], edges[1:]], axis=1),
@@ -97,7 +100,8 @@ def histogram(
     )
     _shade_classes(figure, cutoffs, class_counts)
     figure.update_layout(**_layout(height=330, top=64), bargap=0)
-    ticks = [0, 0.1, 0.4, 0.5, 0.6, 0.9, 1]
+    bounds = (cutoffs.base_only_max, cutoffs.shared_min, cutoffs.shared_max, cutoffs.chat_only_min)
+    ticks = sorted({0.0, 0.5, 1.0, *bounds})
     figure.update_xaxes(**_axis("decoder norm difference, delta_norm"), range=[-0.005, 1.005], tickvals=ticks)
     highest = max(1, int(counts.max(initial=0)))
     figure.update_yaxes(**_axis("latents, log scale"), **log_count_axis(highest))
@@ -124,13 +128,9 @@ def linear_count_axis(highest: int) -> dict[str, Any]:
     return {"type": "linear", "range": [0, max(4.0, highest * 1.06)], "tickvals": None, "ticktext": None}
 
 
-def class_of(delta_norm: float, cutoffs: Cutoffs) -> str:
-    """Name the class of a decoder norm difference."""
-    if delta_norm <= cutoffs.base_only_max:
-        return "base-only"
-    if delta_norm >= cutoffs.chat_only_min:
-        return "chat-only"
-    return "shared" if cutoffs.shared_min <= delta_norm <= cutoffs.shared_max else "other"
+def class_names(delta_norms: np.ndarray, cutoffs: Cutoffs) -> list[str]:
+    """Name the class of each decoder norm difference."""
+    return class_labels(classify_latents(jnp.asarray(delta_norms, jnp.float32), cutoffs))
 
 
 def scatter(
@@ -138,7 +138,7 @@ def scatter(
     shared: ScatterPoints,
     leaning: ScatterPoints,
     cutoffs: Cutoffs,
-    latent_class: str = "chat-only",
+    latent_class: str = CHAT_ONLY,
 ) -> go.Figure:
     """Draw nu_error against nu_recon for the candidates of a class by verdict, before other latents."""
     figure = go.Figure()
@@ -151,18 +151,18 @@ def scatter(
         y1=cutoffs.max_nu_error,
         layer="below",
         line={"width": 0},
-        fillcolor=translucent(VERDICT_COLOURS["confirmed"], 0.10),
+        fillcolor=translucent(VERDICT_COLOURS[CONFIRMED], 0.10),
     )
     for at, is_vertical in ((cutoffs.max_nu_recon, True), (cutoffs.max_nu_error, False)):
         add = figure.add_vline if is_vertical else figure.add_hline
         add(at, line={"color": MUTED, "width": 1.2, "dash": "6px,4px"}, layer="above")
-    figure.add_trace(_ground(shared, "shared", CLASS_COLOURS["shared"], 4, 0.30))
-    figure.add_trace(_ground(leaning, "leaning to chat", CLASS_COLOURS["chat-only"], 6, 0.55))
+    figure.add_trace(_ground(shared, SHARED, CLASS_COLOURS[SHARED], 4, 0.30))
+    figure.add_trace(_ground(leaning, "leaning to chat", CLASS_COLOURS[CHAT_ONLY], 6, 0.55))
     for verdict, group in points.items():
         figure.add_trace(_candidates(group, verdict))
     _name_regions(figure, latent_class)
     figure.update_layout(**_layout(height=520, top=16), hovermode="closest")
-    other = "base" if latent_class == "chat-only" else "chat"
+    other = "base" if latent_class == CHAT_ONLY else "chat"
     ticks = sorted({0.0, 0.2, 0.5, 0.75, 1.0, 1.25, cutoffs.max_nu_error, cutoffs.max_nu_recon})
     for update, name, meaning in (
         (figure.update_xaxes, "recon", "shared through other latents"),
@@ -241,9 +241,9 @@ def _panel_axis(panel: Panel) -> dict[str, Any]:
 
 def _shade_classes(figure: go.Figure, cutoffs: Cutoffs, class_counts: Mapping[str, int]) -> None:
     regions = {
-        "base-only": (0.0, cutoffs.base_only_max, "left"),
-        "shared": (cutoffs.shared_min, cutoffs.shared_max, "center"),
-        "chat-only": (cutoffs.chat_only_min, 1.0, "right"),
+        BASE_ONLY: (0.0, cutoffs.base_only_max, "left"),
+        SHARED: (cutoffs.shared_min, cutoffs.shared_max, "center"),
+        CHAT_ONLY: (cutoffs.chat_only_min, 1.0, "right"),
     }
     for name, (low, high, anchor) in regions.items():
         figure.add_vrect(
@@ -304,17 +304,17 @@ def _name_regions(figure: go.Figure, latent_class: str) -> None:
             low + 0.012,
             "left",
             "bottom",
-            VERDICT_COLOURS["confirmed"],
+            VERDICT_COLOURS[CONFIRMED],
         ),
-        ("complete shrinkage", low + 0.015, high - 0.012, "left", "top", "#8a5f00"),
-        ("latent decoupling", high - 0.015, low + 0.012, "right", "bottom", "#8c3d79"),
+        (SHRINKAGE, low + 0.015, high - 0.012, "left", "top", "#8a5f00"),
+        (DECOUPLING, high - 0.015, low + 0.012, "right", "bottom", "#8c3d79"),
         (
             "both artefacts",
             high - 0.015,
             high - 0.012,
             "right",
             "top",
-            VERDICT_COLOURS["shrinkage and decoupling"],
+            VERDICT_COLOURS[BOTH],
         ),
     )
     for text, x, y, xanchor, yanchor, colour in regions:
@@ -368,6 +368,6 @@ def _axis(title: str) -> dict[str, Any]:
     }
 
 
-_FILLED: Sequence[str] = ("confirmed", "complete shrinkage", "latent decoupling", "shrinkage and decoupling")
+_FILLED: Sequence[str] = (CONFIRMED, SHRINKAGE, DECOUPLING, BOTH)
 _POWERS = ["1", "10", "100", "1,000", "10k", "100k", "1M"]
 _HOVER = {"share": ".1%", "log": ".3g", "number": ".3g"}

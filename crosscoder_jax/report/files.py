@@ -1,6 +1,5 @@
 """Read what training, evaluation and diffing left in a run folder, and say plainly what is not there."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from crosscoder_jax.activations.atomic import read_json
+from crosscoder_jax.training import tracking
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,10 @@ def read_run(folder: Path) -> RunFiles:
 def read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
     """Read a metrics log, one row a step in step order; a resumed run's later row replaces the earlier.
 
-    A last line without its newline is what a killed process leaves and is skipped.
-
     Raises:
         ValueError: a line other than an unfinished last one is no JSON object with a step.
     """
-    if not path.is_file():
-        return ()
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        is_unfinished = number == len(lines)
-        row = None if is_unfinished or not line.strip() else _parse_metric(line, path, number)
-        if row is not None:
-            rows[int(row["step"])] = row
+    rows = {int(row["step"]): row for row in tracking.read_metrics(path)}
     return tuple(rows[step] for step in sorted(rows))
 
 
@@ -145,16 +137,6 @@ def _check_snippet(snippet: Mapping[str, Any], path: Path, latent: str) -> None:
         )
 
 
-def _parse_metric(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {number} is not JSON ({error.msg}): remove the line") from error
-    if not isinstance(row, dict) or "step" not in row:
-        raise ValueError(f"{path} line {number} is no object with a 'step': remove the line")
-    return row
-
-
 def _to_array(column: pa.ChunkedArray) -> np.ndarray:
     values = column.to_pylist()
     if (
@@ -174,9 +156,11 @@ def _require(path: Path, command: str) -> None:
 def _read_json(path: Path, *, required_command: str) -> dict[str, Any]:
     _require(path, required_command)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): make it again with `{required_command}`") from error
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error.__cause__}): make it again with `{required_command}`"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{path} holds {type(content).__name__}, not an object: run `{required_command}` again"

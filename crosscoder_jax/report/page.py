@@ -13,9 +13,10 @@ from plotly.offline import get_plotlyjs
 from crosscoder_jax.report import comparison, palette, plots, wording
 from crosscoder_jax.report.cards import NO_SNIPPETS, CardLimits, card_groups
 from crosscoder_jax.report.config import ReportConfig
-from crosscoder_jax.report.content import VERDICTS, Method
+from crosscoder_jax.report.content import Method
 from crosscoder_jax.report.figures import NU
 from crosscoder_jax.report.gaps import missing_parts, stale_parts
+from crosscoder_jax.report.names import VERDICTS
 from crosscoder_jax.report.tables import class_rows, method_rows
 from crosscoder_jax.report.text import json_for_script
 

@@ -1,34 +1,48 @@
 """Colours of the page: Okabe and Ito's set, told apart with any common colour vision, darkened for text."""
 
+from crosscoder_jax.report.names import (
+    BASE_ONLY,
+    BOTH,
+    CHAT_ONLY,
+    CONFIRMED,
+    DEAD,
+    DECOUPLING,
+    NOT_TESTED,
+    OTHER,
+    SHARED,
+    SHRINKAGE,
+    UNDETERMINED,
+)
+
 INK = "#1c2127"
 MUTED = "#57606a"
 RULE = "#d5dae0"
 PAPER = "#ffffff"
 
 CLASS_COLOURS = {
-    "base-only": "#0072B2",
-    "shared": "#8a939e",
-    "chat-only": "#D55E00",
-    "other": "#c3c9d1",
-    "dead": "#e6e9ed",
+    BASE_ONLY: "#0072B2",
+    SHARED: "#8a939e",
+    CHAT_ONLY: "#D55E00",
+    OTHER: "#c3c9d1",
+    DEAD: "#e6e9ed",
 }
-CLASS_TEXT = {"base-only": "#005a8f", "shared": "#4d5661", "chat-only": "#a84800"}
+CLASS_TEXT = {BASE_ONLY: "#005a8f", SHARED: "#4d5661", CHAT_ONLY: "#a84800"}
 
 VERDICT_COLOURS = {
-    "confirmed": "#007a59",
-    "complete shrinkage": "#E69F00",
-    "latent decoupling": "#b0559a",
-    "shrinkage and decoupling": "#5b3a1e",
-    "undetermined": "#6e7781",
-    "not tested": "#c3c9d1",
+    CONFIRMED: "#007a59",
+    SHRINKAGE: "#E69F00",
+    DECOUPLING: "#b0559a",
+    BOTH: "#5b3a1e",
+    UNDETERMINED: "#6e7781",
+    NOT_TESTED: "#c3c9d1",
 }
 VERDICT_SYMBOLS = {
-    "confirmed": "circle",
-    "complete shrinkage": "triangle-up",
-    "latent decoupling": "square",
-    "shrinkage and decoupling": "diamond",
-    "undetermined": "circle-open",
-    "not tested": "x-thin-open",
+    CONFIRMED: "circle",
+    SHRINKAGE: "triangle-up",
+    DECOUPLING: "square",
+    BOTH: "diamond",
+    UNDETERMINED: "circle-open",
+    NOT_TESTED: "x-thin-open",
 }
 
 METHOD_COLOURS = ("#1b4f72", "#b0559a", "#c77700", "#007a59", "#6e7781", "#a84800")

@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 
 from crosscoder_jax.report import figures
 from crosscoder_jax.report.cards import top_tokens
-from crosscoder_jax.report.content import VERDICTS, Method, live_delta_norms
+from crosscoder_jax.report.content import Method, live_delta_norms
+from crosscoder_jax.report.names import BASE_ONLY, CHAT_ONLY, DEAD, NOT_TESTED, OTHER, SHARED, VERDICTS
 from crosscoder_jax.report.numbers import decimal, interval, plural
 from crosscoder_jax.report.palette import method_colour
 from crosscoder_jax.report.text import hover_safe
@@ -34,29 +35,27 @@ def histogram_plot(method: Method) -> Plot:
     """Build the decoder norm histogram of a crosscoder."""
     values = live_delta_norms(method)
     counts = method.class_counts
-    parts = ", ".join(
-        f"{counts.get(name, 0):,} {name}" for name in ("base-only", "shared", "chat-only", "other")
-    )
+    parts = ", ".join(f"{counts.get(name, 0):,} {name}" for name in (BASE_ONLY, SHARED, CHAT_ONLY, OTHER))
     return Plot(
         key=f"histogram-{method.slot}",
         title=method.name,
         description=f"Histogram of delta_norm, {plural(len(values), 'live latent')}: {parts}.",
-        note=f"Between classes: {counts.get('other', 0):,}. Dead, not drawn: {counts.get('dead', 0):,}.",
+        note=f"Between classes: {counts.get(OTHER, 0):,}. Dead, not drawn: {counts.get(DEAD, 0):,}.",
         figure=figures.histogram(values, method.cutoffs, counts),
     )
 
 
 def scatter_plots(method: Method) -> tuple[Plot, ...]:
     """Build the plane of Latent Scaling for chat-only candidates and, if there are any, base-only ones."""
-    is_asked = (True, method.claimed("base-only") > 0)
+    is_asked = (True, method.claimed(BASE_ONLY) > 0)
     return tuple(
         scatter_plot(method, name)
-        for name, asked in zip(("chat-only", "base-only"), is_asked, strict=True)
+        for name, asked in zip((CHAT_ONLY, BASE_ONLY), is_asked, strict=True)
         if asked
     )
 
 
-def scatter_plot(method: Method, latent_class: str = "chat-only") -> Plot:
+def scatter_plot(method: Method, latent_class: str = CHAT_ONLY) -> Plot:
     """Build the plane of Latent Scaling for the candidates of one class.
 
     Ratios compare the other model with the one whose decoder was the direction. Of the latents of other
@@ -67,9 +66,9 @@ def scatter_plot(method: Method, latent_class: str = "chat-only") -> Plot:
     candidates = classes == latent_class
     groups = {v: _points(method, np.flatnonzero(candidates & (verdicts == v))) for v in VERDICTS}
     groups = {verdict: group for verdict, group in groups.items() if len(group)}
-    is_ground = _is_measured_from_chat(method) & (latent_class == "chat-only")
-    shared = _points(method, _spread(np.flatnonzero((classes == "shared") & is_ground), MAX_GROUND_POINTS))
-    is_leaning = (classes == "other") & (method.latents.numbers("delta_norm") > method.cutoffs.shared_max)
+    is_ground = _is_measured_from_chat(method) & (latent_class == CHAT_ONLY)
+    shared = _points(method, _spread(np.flatnonzero((classes == SHARED) & is_ground), MAX_GROUND_POINTS))
+    is_leaning = (classes == OTHER) & (method.latents.numbers("delta_norm") > method.cutoffs.shared_max)
     leaning = _points(method, _spread(np.flatnonzero(is_leaning & is_ground), MAX_GROUND_POINTS))
     listed = ", ".join(f"{len(group):,} {verdict}" for verdict, group in groups.items()) or "none"
     number = plural(int(candidates.sum()), f"{latent_class} candidate")
@@ -162,7 +161,7 @@ def _hover(method: Method, row: int) -> str:
 
 def _verdict_words(method: Method) -> np.ndarray:
     words = method.latents.words("verdict")
-    return np.where(np.isin(words.astype(str), VERDICTS), words, "not tested")
+    return np.where(np.isin(words.astype(str), VERDICTS), words, NOT_TESTED)
 
 
 def _outside(groups: dict[str, figures.ScatterPoints]) -> str:

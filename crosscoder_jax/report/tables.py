@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from crosscoder_jax.report.content import (
-    EXCLUSIVE_CLASSES,
-    VERDICTS,
     Kind,
     Method,
     has_latent_scaling,
 )
+from crosscoder_jax.report.names import CONFIRMED, EXCLUSIVE_CLASSES, NOT_TESTED, VERDICTS
 from crosscoder_jax.report.numbers import Figure, count, decimal, missing, share
 
 NOT_EVALUATED = "run crosscoder-jax evaluate"
@@ -109,6 +108,6 @@ def _confirmed(method: Method, latent_class: str | None) -> Figure:
     claimed = method.claimed(latent_class)
     if not claimed:
         return count(0)
-    if not has_latent_scaling(method) or method.verdicts("not tested", latent_class) == claimed:
+    if not has_latent_scaling(method) or method.verdicts(NOT_TESTED, latent_class) == claimed:
         return missing("Latent Scaling was not run on them")
-    return count(method.verdicts("confirmed", latent_class))
+    return count(method.verdicts(CONFIRMED, latent_class))

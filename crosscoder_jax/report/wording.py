@@ -4,6 +4,16 @@ from collections.abc import Sequence
 
 from crosscoder_jax.report.content import Kind, Method, has_latent_scaling, most_leaning
 from crosscoder_jax.report.files import source_entries
+from crosscoder_jax.report.names import (
+    BASE_ONLY,
+    BOTH,
+    CHAT_ONLY,
+    CONFIRMED,
+    DECOUPLING,
+    NOT_TESTED,
+    SHRINKAGE,
+    UNDETERMINED,
+)
 from crosscoder_jax.report.numbers import plural, share
 
 
@@ -24,7 +34,7 @@ def headline(methods: Sequence[Method]) -> str:
         return "Decoder norms claim no latent for one model only."
     if not has_latent_scaling(main):
         return f"Decoder norms claim {plural(claimed, 'model-specific latent')}, none of them tested."
-    confirmed = main.verdicts("confirmed")
+    confirmed = main.verdicts(CONFIRMED)
     if not confirmed:
         subject = (
             "The one claimed model-specific latent does not survive"
@@ -69,12 +79,12 @@ def null_notes(methods: Sequence[Method]) -> tuple[str, ...]:
 def _crosscoder(method: Method, methods: Sequence[Method]) -> str:
     is_named = sum(other.has_classes for other in methods) > 1
     lead = f"{method.name}: of" if is_named else "Of"
-    chat, base = method.claimed("chat-only"), method.claimed("base-only")
+    chat, base = method.claimed(CHAT_ONLY), method.claimed(BASE_ONLY)
     opening = f"{lead} {plural(method.num_latents, 'latent')}, the decoder-norm histogram alone claims "
     if not chat + base:
         return opening + "none as chat-only and none as base-only." + _leaning(method)
-    claims = [f"{n:,} as {name}" for n, name in ((chat, "chat-only"), (base, "base-only")) if n]
-    missing = [f"none as {name}" for n, name in ((chat, "chat-only"), (base, "base-only")) if not n]
+    claims = [f"{n:,} as {name}" for n, name in ((chat, CHAT_ONLY), (base, BASE_ONLY)) if n]
+    missing = [f"none as {name}" for n, name in ((chat, CHAT_ONLY), (base, BASE_ONLY)) if not n]
     return f"{opening}{_join(claims + missing)}. {_tested(method)}"
 
 
@@ -82,13 +92,13 @@ def _tested(method: Method) -> str:
     if not has_latent_scaling(method):
         return "Latent Scaling was not run on them, so none of these claims is tested."
     parts = [
-        _verb(method.verdicts("complete shrinkage"), "looks", "look", "like complete shrinkage"),
-        _verb(method.verdicts("latent decoupling"), "looks", "look", "like latent decoupling"),
-        _verb(method.verdicts("shrinkage and decoupling"), "looks", "look", "like both"),
-        _verb(method.verdicts("undetermined"), "has", "have", "too little evidence"),
-        _verb(method.verdicts("not tested"), "was", "were", "not tested"),
+        _verb(method.verdicts(SHRINKAGE), "looks", "look", "like complete shrinkage"),
+        _verb(method.verdicts(DECOUPLING), "looks", "look", "like latent decoupling"),
+        _verb(method.verdicts(BOTH), "looks", "look", "like both"),
+        _verb(method.verdicts(UNDETERMINED), "has", "have", "too little evidence"),
+        _verb(method.verdicts(NOT_TESTED), "was", "were", NOT_TESTED),
     ]
-    confirmed = method.verdicts("confirmed")
+    confirmed = method.verdicts(CONFIRMED)
     rest = _join([part for part in parts if part])
     subject = f"confirms {confirmed:,} of them" if confirmed else "confirms none of them"
     if confirmed == method.claimed():

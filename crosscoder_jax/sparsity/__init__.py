@@ -7,6 +7,7 @@ from crosscoder_jax.sparsity.code_norms import MixedNorms as MixedNorms
 from crosscoder_jax.sparsity.code_norms import NormOfConcatenation as NormOfConcatenation
 from crosscoder_jax.sparsity.code_norms import SumOfNorms as SumOfNorms
 from crosscoder_jax.sparsity.code_norms import Unweighted as Unweighted
+from crosscoder_jax.sparsity.contract import SparsityContract as SparsityContract
 from crosscoder_jax.sparsity.jump_relu import JumpReLU as JumpReLU
 from crosscoder_jax.sparsity.relu import ReLU as ReLU
 from crosscoder_jax.sparsity.selection import SparseCode as SparseCode
@@ -17,4 +18,4 @@ from crosscoder_jax.sparsity.selection import top_scores_per_row as top_scores_p
 from crosscoder_jax.sparsity.top_k import TopK as TopK
 
 Sparsity = BatchTopK | TopK | JumpReLU | ReLU
-"""Every sparsity a crosscoder can be trained with."""
+"""Every sparsity a crosscoder can be trained with; each keeps the :class:`SparsityContract`."""

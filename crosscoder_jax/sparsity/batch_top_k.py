@@ -99,11 +99,7 @@ class BatchTopK:
     ) -> SparseCode:
         """Return the code of a batch and its smallest kept score.
 
-        Args:
-            pre_acts: encoder outputs in normalised units.
-            score_weights: what each latent's activation is multiplied by for ranking.
-            step: training step, for the annealing of k.
-            threshold: the running one, tried first; saves passes, changes nothing.
+        The step anneals k. The running threshold is tried first: it saves passes and changes nothing.
 
         Examples:
             >>> pre = jnp.array([[3.0, 1.0, -1.0], [0.5, 2.0, 0.25]])

@@ -50,13 +50,7 @@ class JumpReLU:
         step: Int[Array, ""] | int | None = None,
         threshold: PerLatent | None = None,
     ) -> SparseCode:
-        """Return the code of a batch; its smallest score is 0, thresholds are learned and not estimated.
-
-        Args:
-            pre_acts: encoder outputs in normalised units.
-            score_weights: what each latent's activation is multiplied by for ranking.
-            step: ignored.
-            threshold: of each latent; ``initial_threshold`` by default.
+        """Return the code of a batch by the threshold of each latent, ``initial_threshold`` by default.
 
         Examples:
             >>> pre = jnp.array([[3.0, 1.0, -1.0], [0.5, 2.0, 0.25]])
@@ -77,8 +71,8 @@ class JumpReLU:
 
         Args:
             pre_acts: encoder outputs in normalised units.
-            score_weights: what each latent's activation is multiplied by for ranking.
-            threshold: of each latent.
+            score_weights: as in :meth:`__call__`.
+            threshold: of each latent, in units of scores.
         """
         scores = jax.lax.stop_gradient(ranking_scores(jax.nn.relu(pre_acts), score_weights))
         return jnp.sum(_step(scores, threshold, self.bandwidth), axis=-1)

@@ -28,11 +28,9 @@ class ReLU:
     ) -> SparseCode:
         """Return the code; score weights, step and threshold play no part.
 
-        Args:
-            pre_acts: encoder outputs in normalised units.
-            score_weights: ignored.
-            step: ignored.
-            threshold: ignored.
+        Examples:
+            >>> ReLU()(jnp.array([[3.0, -1.0]]), jnp.ones(2)).code.tolist()
+            [[3.0, 0.0]]
         """
         del score_weights, step, threshold
         return SparseCode(jax.nn.relu(pre_acts), jnp.zeros((), jnp.float32))

@@ -40,13 +40,7 @@ class TopK:
         step: Int[Array, ""] | int | None = None,
         threshold: Scalar | None = None,
     ) -> SparseCode:
-        """Return the code of a batch; its smallest score is 0, there is none to estimate.
-
-        Args:
-            pre_acts: encoder outputs in normalised units.
-            score_weights: what each latent's activation is multiplied by for ranking.
-            step: ignored.
-            threshold: ignored.
+        """Return the code of a batch; step and threshold play no part.
 
         Examples:
             >>> pre = jnp.array([[3.0, 1.0, -1.0], [0.5, 2.0, 0.25]])

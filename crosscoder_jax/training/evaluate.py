@@ -43,13 +43,13 @@ def evaluate(
 
     Returns:
         ``fve`` and ``fve/<source>`` at the inference rule, ``fve_training_rule``, both L0s, the
-        ``dead`` and ``dense`` fractions of latents, ``threshold`` (``threshold/<source>`` where each
-        source has its own) and ``num_tokens``.
+        fractions of latents that are ``dead``, firing on none of these tokens, and ``dense``,
+        ``threshold`` (``threshold/<source>`` where each source has its own) and ``num_tokens``.
 
     Raises:
         StoreError: if a file of the store is damaged.
-        ValueError: if the store lacks a source of the crosscoder, or the batch size does not spread over
-            the mesh that is set.
+        ValueError: if the view holds no token, the store lacks a source of the crosscoder, or the batch
+            size does not spread over the mesh that is set.
     """
     totals: EvalBatch | None = None
     done = 0
@@ -123,8 +123,8 @@ def _rows(crosscoder: Crosscoder, batch_size: int, num_tokens: int) -> int:
 def _placed(batch: StoredBatch, crosscoder: Crosscoder, stored: Sources) -> tuple[Acts, Array]:
     """Return a stored batch as the crosscoder's sources, raw units, float32, and which rows are tokens."""
     shardings = crosscoder.shardings
-    acts = place(batch.acts, shardings.acts_bw).astype(jnp.float32)
-    return crosscoder.config.sources.derive(acts, stored), place(batch.is_valid, shardings.per_batch_b)
+    acts = crosscoder.config.sources.read(place(batch.acts, shardings.acts_bw), stored)
+    return acts, place(batch.is_valid, shardings.per_batch_b)
 
 
 @dataclasses.dataclass(frozen=True)

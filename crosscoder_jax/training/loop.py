@@ -267,7 +267,7 @@ def put_batch(batch: np.ndarray, mesh: Mesh | None) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("sources", "stored"))
 def _derive(acts: Array, sources: Sources, stored: Sources) -> Array:
-    return sources.derive(acts.astype(jnp.float32), stored)
+    return sources.read(acts, stored)
 
 
 def _part_of(progress: Progress | None, index: int, parts: int) -> Progress | None:

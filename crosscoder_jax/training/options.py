@@ -8,7 +8,11 @@ from crosscoder_jax.activations.split import Split
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """How a run reads, logs and saves; apart from split, window and null nothing here changes the weights."""
+    """How a run reads, logs and saves; apart from split, window and null nothing here changes the weights.
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
 
     split: Split = Split()
     """Which documents are held out."""

@@ -75,6 +75,10 @@ def init_state(
         scale: factor of each source after centring.
         b_dec: initial decoder bias, normalised units.
         shardings: layout of the mesh that is set.
+
+    Raises:
+        ValueError: if an array has another shape than the sources need, or the recipe's dtype is float64 and
+            JAX has 64-bit floats switched off.
     """
     width, num_sources = config.crosscoder.sources.width, len(config.crosscoder.sources)
     dtype = config.crosscoder.param_dtype

@@ -20,6 +20,7 @@ from crosscoder_jax.metrics import (
     named_thresholds,
     reconstruction_sums,
 )
+from crosscoder_jax.objectives import AuxK
 from crosscoder_jax.sparsity import SparseCode
 from crosscoder_jax.training.config import TOKENS_CAP, TrainConfig
 from crosscoder_jax.training.laws import RunningMean
@@ -160,13 +161,14 @@ def _train_metrics(
         f"is_finite/{path[0]} after the update": jnp.all(jnp.isfinite(value[...]))
         for path, value in nnx.to_flat_state(state.params)
     }
-    dead_after = config.aux_k.dead_after_tokens if config.aux_k else 10_000_000
+    aux_k = AuxK if config.aux_k is None else config.aux_k
     return {
         "loss": loss,
         **forward.parts,
         **explained_variance(forward.sums, config.crosscoder.sources),
         "l0": forward.l0,
-        "dead": jnp.mean(state.tokens_since_fired >= dead_after),
+        # By how long it is since a latent fired; on held-out tokens "dead" is one that fires on none of them.
+        "dead": jnp.mean(state.tokens_since_fired >= aux_k.dead_after_tokens),
         **named_thresholds(state.threshold, config.crosscoder.sources),
         "lr": jnp.asarray(learning_rate_schedule(config)(state.step - 1)),
         "grad_norm": jnp.sqrt(sum(jnp.square(norm) for norm in grad_norms.values())),

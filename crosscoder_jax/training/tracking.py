@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 from crosscoder_jax.activations.atomic import write_bytes_atomically
 
@@ -28,10 +28,13 @@ class JsonLinesTracker:
     Args:
         path: made if missing.
         first_step: lines of later steps are dropped, so that a resumed run has each step once.
+
+    Raises:
+        ValueError: if a line that is there is damaged; as :func:`read_metrics`.
     """
 
     def __init__(self, path: Path, *, first_step: int = 0):
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
+        kept = [line for line, row in _complete_rows(path) if row["step"] <= first_step]
         write_bytes_atomically(path, "".join(line + "\n" for line in kept).encode())
         self._file: IO[str] = path.open("a")
 
@@ -68,13 +71,32 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read a metrics file; a last line cut off by a killed process is left out."""
-    return [json.loads(line) for line in _complete_lines(path)]
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics file, in its order; none if there is no file.
+
+    A last line without its line feed is what a killed process leaves, and is left out.
+
+    Raises:
+        ValueError: if another line is no JSON object with a step, naming the line.
+    """
+    return [row for _, row in _complete_rows(path)]
 
 
-def _complete_lines(path: Path) -> list[str]:
+def _complete_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each whole line and what it holds."""
     if not path.is_file():
-        return []
-    text = path.read_text()
-    return [line for line in text[: text.rfind("\n") + 1].splitlines() if line]
+        return
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n"), start=1):
+        if line.strip():
+            yield line, _parsed(line, path, number)
+
+
+def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} line {number} is not JSON ({error.msg}): remove the line") from error
+    if not isinstance(row, dict) or "step" not in row:
+        raise ValueError(f"{path} line {number} is no object with a 'step': remove the line")
+    return row

@@ -14,7 +14,6 @@ import crosscoder_jax as cc
 from crosscoder_jax.training.statistics import geometric_medians
 from experiments.parity.golden import FOLDER, NUM_LATENTS, SOURCES, TENSORS, read, tensors, training_batches
 
-_NEVER = 10_000_000
 _AT_ONCE = 64
 
 
@@ -76,7 +75,7 @@ def golden_runs() -> tuple[GoldenRun, ...]:
     )
 
 
-def _batch_top_k(dtype: str, dead_after_tokens: int = _NEVER) -> cc.TrainConfig:
+def _batch_top_k(dtype: str, dead_after_tokens: int = cc.AuxK.dead_after_tokens) -> cc.TrainConfig:
     return cc.TrainConfig(
         cc.CrosscoderConfig(SOURCES, NUM_LATENTS, cc.BatchTopK(k=8.0), dtype=dtype),
         num_steps=120,  # of which 100 are recorded
