@@ -179,6 +179,11 @@ def _print_exclusive(run: Path, summary: Mapping[str, Any]) -> None:
         ]
         rows.append((name, *(str(number) for pair in pairs for number in pair)))
     print_table(f"{run}: exclusive latents", ("class", *columns), rows)
+    if summary.get("claimed_by_design"):
+        Console().print(
+            f"{summary['claimed_by_design']} of them write to one model by design: only Latent Scaling tells "
+            "whether what they hold is in that model alone"
+        )
 
 
 def report(config: Report) -> None:

@@ -10,6 +10,9 @@ from crosscoder_jax.sharding import Shardings, reshard
 from crosscoder_jax.sources import Sources
 from crosscoder_jax.typing import DecoderWeights, EncoderWeights, PerLatent
 
+FREE = "free"
+"""What latents of no group are called."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LatentGroup:
@@ -41,8 +44,8 @@ class LatentGroup:
     """What a unit of score costs: L1 multiplies its penalty by it, rankings divide scores by it."""
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("name='' of a group must not be empty")
+        if self.name in ("", FREE):
+            raise ValueError(f"name={self.name!r} of a group must not be empty, nor that of latents of none")
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} of group {self.name!r} must lie above 0 and at most at 1")
         if not 0 < self.cost < float("inf"):
@@ -110,11 +113,11 @@ class Layout:
         return tuple(ends)
 
     def names(self) -> list[str]:
-        """Return the name of each latent's group; ``free`` for those in none."""
+        """Return the name of each latent's group; ``FREE`` for those in none."""
         of_groups = [
             group.name for group, size in zip(self.groups, self.sizes, strict=True) for _ in range(size)
         ]
-        return of_groups + ["free"] * (self.num_latents - len(of_groups))
+        return of_groups + [FREE] * (self.num_latents - len(of_groups))
 
     def costs(self, shardings: Shardings) -> PerLatent:
         """Return what a unit of each latent's score costs."""

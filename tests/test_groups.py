@@ -10,7 +10,9 @@ from core_cases import MESHES, NO_MESH
 from training_cases import activations, recipe, weights, write_store
 
 import crosscoder_jax as cc
+from crosscoder_jax.activations import Split, TokenView
 from crosscoder_jax.configs import config_from_json, config_to_json
+from crosscoder_jax.diffing import diff_run
 from crosscoder_jax.groups import LatentGroup, Layout, causal_groups, exclusive_groups
 from crosscoder_jax.sharding import Shardings, make_mesh
 from crosscoder_jax.training.loop import RunOptions, fit, put_batch
@@ -222,6 +224,21 @@ def test_a_causal_crosscoder_cannot_read_what_it_predicts(sources, groups, influ
     np.testing.assert_array_equal(np.array(blocks) > 0, influences)
 
 
+def test_the_diff_tells_groups_and_what_is_exclusive_by_design(tmp_path):
+    store = write_store(tmp_path / "store", widths=(6, 6))
+    crosscoder = trained(30).crosscoder()
+    result = diff_run(crosscoder, TokenView.of_split(store, Split(), held_out=True))
+    assert result.columns["group"].tolist() == crosscoder.config.layout.names()
+    np.testing.assert_array_equal(np.flatnonzero(result.columns["by_design"]), range(8, 12))
+    live = result.columns["latent_class"] != "dead"
+    assert result.summary["claimed_by_design"] == live[8:12].sum() > 0
+    plain = diff_run(
+        cc.init_state(recipe(sources=SOURCES)).crosscoder(), TokenView.of_split(store, Split(), held_out=True)
+    )
+    assert "group" not in plain.columns
+    assert "claimed_by_design" not in plain.summary
+
+
 def test_a_config_with_groups_survives_its_file():
     config = make()
     assert config_from_json(cc.TrainConfig, config_to_json(config), where="here") == config
@@ -250,7 +267,8 @@ def test_one_decoder_needs_one_width():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": ""}, "name='' of a group"),
+        ({"name": ""}, r"name='' of a group must not be empty"),
+        ({"name": "free"}, "name='free' of a group must not be empty, nor that of latents of none"),
         ({"share": 0.0}, "share=0.0 of group 'a'"),
         ({"cost": 0.0}, "cost=0.0 of group 'a' must be positive and finite"),
         ({"writes": ()}, r"writes=\(\) of group 'a' must name at least one source"),

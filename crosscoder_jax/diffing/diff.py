@@ -18,6 +18,7 @@ from crosscoder_jax.diffing.table import (
     DiffResult,
     activity_columns,
     class_columns,
+    group_columns,
     norm_columns,
     scaling_columns,
     strongest_latents,
@@ -41,7 +42,7 @@ def diff_run(
     other model's share. A crosscoder of one source, such as a difference SAE, has no columns that
     compare two models; of sources with different widths only norms are compared. Everything is
     in raw activation units; a crosscoder that reads a basis of the stored sources is compared in
-    their space.
+    their space. Of latents that a group makes exclusive ``delta_norm`` says nothing, Latent Scaling all.
 
     Args:
         crosscoder: with its inference threshold; source 0 is the base, source 1 the chat model.
@@ -64,7 +65,7 @@ def diff_run(
     activity = finalize_activity(sums.activity)
     host_norms, labels = np.asarray(norms, np.float64), store.manifest.labels
 
-    columns = norm_columns(host_norms, space.sources)
+    columns = norm_columns(host_norms, space.sources) | group_columns(crosscoder.config.layout, host_norms)
     scaled: Columns = {}
     if delta is not None:
         classes = np.asarray(classify_latents(delta, config.cutoffs, is_dead=_dead(activity, crosscoder)))

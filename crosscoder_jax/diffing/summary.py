@@ -75,6 +75,8 @@ def class_summary(columns: Columns) -> dict[str, Any]:
             "counts": np.histogram(np.clip(delta[is_live], 0, 1), HISTOGRAM_EDGES)[0].tolist(),
         },
     }
+    if "by_design" in columns:
+        summary["claimed_by_design"] = int(np.sum(is_exclusive & columns["by_design"]))
     if "verdict" in columns:
         found = collections.Counter(columns["verdict"][is_exclusive].tolist())
         is_confirmed = columns["verdict"] == str(Verdict.CONFIRMED)

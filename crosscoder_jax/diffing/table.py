@@ -16,6 +16,7 @@ from crosscoder_jax.diffing.evidence import Activity
 from crosscoder_jax.diffing.latent_scaling import LatentScaling
 from crosscoder_jax.diffing.snippets import Snippet
 from crosscoder_jax.diffing.verdicts import Verdict
+from crosscoder_jax.groups import FREE, Layout
 from crosscoder_jax.sources import Sources
 
 Columns = dict[str, np.ndarray]
@@ -42,6 +43,18 @@ def norm_columns(norms: Float[np.ndarray, "source latent"], sources: Sources) ->
     """Return each latent's number and its decoder norm in each source, raw activation units."""
     columns: Columns = {"latent": np.arange(norms.shape[1])}
     return columns | {f"norm_{name}": norms[i] for i, name in enumerate(sources.names)}
+
+
+def group_columns(layout: Layout, norms: Float[np.ndarray, "source latent"]) -> Columns:
+    """Return each latent's group, and whether that makes it exclusive: no decoder in one source, by design.
+
+    Without groups there are no such columns.
+    """
+    if not layout.groups:
+        return {}
+    names = np.array(layout.names(), object)
+    is_closed = (norms == 0).any(axis=0) & (norms > 0).any(axis=0) & (names != FREE)
+    return {"group": names, "by_design": is_closed}
 
 
 def class_columns(delta: Float[np.ndarray, "latent"], classes: Integer[np.ndarray, "latent"]) -> Columns:
