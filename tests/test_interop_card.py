@@ -84,7 +84,7 @@ def test_config_and_recipe_are_shown_field_by_field():
     text = card(crosscoder, provenance={"train": config_to_json(recipe)})
     shown = dict(rows(text, "Crosscoder"))
     assert shown["num_latents"] == "16"
-    assert shown["sparsity"].startswith("BatchTopK(k=3, initial_k=none, anneal_steps=0")
+    assert shown["sparsity"].startswith("BatchTopK(k=3, anneal_steps=0")
     assert shown["code_norm"] == "SumOfNorms"
     assert "sources" not in shown
     recorded = dict(rows(text, "Recipe"))

@@ -112,9 +112,10 @@ def _fields(config: Mapping[str, Any], left_out: Sequence[str]) -> list[tuple[st
 
 
 def _shown(value: Any) -> str:
-    """Show a value of a config: a dataclass as ``Name(field=value)``."""
+    """Show a value of a config: a dataclass as ``Name(field=value)``, without the fields that are not set."""
     if isinstance(value, Mapping):
-        fields = ", ".join(f"{name}={_shown(field)}" for name, field in value.items() if name != "type")
+        given = {name: field for name, field in value.items() if name != "type" and field is not None}
+        fields = ", ".join(f"{name}={_shown(field)}" for name, field in given.items())
         return f"{value.get('type', '')}({fields})" if fields else str(value.get("type", "{}"))
     return "none" if value is None else str(value)
 
