@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from crosscoder_jax.training.tracking import Tracker
 
 _EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
+_NOTABLE_OUTLIER_SHARE = 0.5
+"""Layers of real models, without their attention sinks, have 0.01 to 0.04."""
 
 
 def harvest(config: HarvestConfig) -> None:
@@ -39,6 +41,19 @@ def harvest(config: HarvestConfig) -> None:
     with progress_bar("harvest") as progress:
         manifest = run_harvest(config, progress)
     _print_store(config.store, manifest)
+
+
+def _warn_of_outliers(manifest: Manifest) -> None:
+    """Say which sources' squared norms lie in a few tokens, which training would then mostly serve."""
+    for name, statistics in manifest.statistics.items():
+        if statistics.outlier_share > _NOTABLE_OUTLIER_SHARE:
+            mean, root_mean_square = statistics.mean_norm, statistics.root_mean_square_norm
+            _warn(
+                f"a few tokens hold at least {statistics.outlier_share:.0%} of the squared norm of {name} "
+                f"(mean norm {mean:,.1f}, root mean square {root_mean_square:,.1f}): as a rule attention "
+                "sinks, which a crosscoder then spends itself on. "
+                "`harvest --outlier-multiple 5` leaves out tokens of more than five times the median norm"
+            )
 
 
 def train(config: Train) -> None:
@@ -59,6 +74,7 @@ def train(config: Train) -> None:
         config.checkpoint_every,
         config.null_data(),
     )
+    _warn_of_outliers(store.manifest)
     if len(runs) > 1:
         Console().print(f"{len(runs)} crosscoders, {runs_at_once(recipes, mesh)} in turns over each read")
     with progress_bar("train") as progress:
@@ -293,6 +309,7 @@ def _print_store(store: str | Path, manifest: Manifest) -> None:
         ("source", "model", "hook point", "width", "mean norm"),
         rows,
     )
+    _warn_of_outliers(manifest)
 
 
 def _vocabulary(model: str) -> dict[int, bytes]:
@@ -340,6 +357,10 @@ def _overview() -> str:
 def _fail(message: str, code: int) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {_one_line(message)}", highlight=False)
     raise SystemExit(code)
+
+
+def _warn(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/yellow] {message}", highlight=False)
 
 
 def _one_line(message: str) -> str:

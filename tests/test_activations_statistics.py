@@ -36,6 +36,26 @@ def test_by_hand():
     np.testing.assert_allclose(result.mean, [2, 0], atol=1e-15)
     np.testing.assert_allclose(result.std, [np.sqrt(2), np.sqrt(32 / 3)], rtol=1e-15)
     assert result.mean_norm == pytest.approx(10 / 3, rel=1e-15)
+    # Squared norms 25, 0, 25: their mean 50 / 3, so 1 - (100 / 9) / (50 / 3) = 1 / 3.
+    assert result.root_mean_square_norm == pytest.approx(np.sqrt(50 / 3), rel=1e-15)
+    assert result.outlier_share == pytest.approx(1 / 3, rel=1e-14)
+
+
+@pytest.mark.parametrize(("every", "norm"), [(100, 30.0), (1000, 300.0), (37, 5.0)])
+def test_the_outlier_share_is_nearly_what_the_outliers_hold_and_never_more(every, norm):
+    rows = np.random.default_rng(0).normal(size=(10_000, 8))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    assert accumulate([rows], 8).finalize().outlier_share == pytest.approx(0, abs=1e-12)
+    rows[::every] *= norm
+    squares = np.square(rows).sum(axis=1)
+    held = squares[::every].sum() / squares.sum()
+    found = accumulate([rows], 8).finalize().outlier_share
+    # The mean norm holds the outliers too: what is missed is at most twice their number times their norm.
+    assert held - 2 * norm / every / squares.mean() - 1 / every <= found <= held
+
+
+def test_a_source_of_zeros_has_no_outliers():
+    assert accumulate([np.zeros((5, 2))], 2).finalize().outlier_share == 0.0
 
 
 def test_does_not_cancel_far_from_zero():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import typing
@@ -386,6 +387,20 @@ def test_a_source_that_the_store_lacks_is_refused_with_those_it_has():
     command = Train(store=Path("s"), output=Path("o"), sources=("base.L3", "chat.L2"))
     with pytest.raises(ValueError, match=r"names 'base.L3', but the store has \('base.L1', 'base.L2'"):
         command.recipe(LAYERS)
+
+
+def test_training_on_a_few_tokens_of_outlying_norm_names_the_source_and_the_option(store, tmp_path, capsys):
+    acts = training_cases.activations(1500, training_cases.WIDTHS)
+    acts[700, training_cases.WIDTHS[0] :] *= 1000
+    training_cases.write_store(tmp_path / "store", acts=acts)
+    train(tmp_path / "store", tmp_path / "run", "--num-steps", "5")
+    warned = " ".join(capsys.readouterr().err.split())
+    name = training_cases.sources(training_cases.WIDTHS).names[1]
+    assert re.search(rf"warning: a few tokens hold at least 9\d% of the squared norm of {name}", warned)
+    assert "--outlier-multiple 5" in warned
+    assert warned.count("warning") == 1
+    train(store, tmp_path / "ordinary", "--num-steps", "5")
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_difference_run_goes_the_same_way_and_has_no_classes(tmp_path):

@@ -20,6 +20,25 @@ class SourceStatistics:
     mean_norm: float
     """Mean over the tokens of the activation's L2 norm."""
 
+    @property
+    def root_mean_square_norm(self) -> float:
+        """Square root of the mean over the tokens of the activation's squared L2 norm."""
+        return float(np.sqrt(np.sum(np.square(self.mean) + np.square(self.std))))
+
+    @property
+    def outlier_share(self) -> float:
+        """Return the least share of the summed squared norm that tokens of outlying norm can hold, nearly.
+
+        It is 1 - (mean norm / root mean square norm)²: 0 where all norms are equal, and never more than the
+        share of a few tokens that stand out of others of equal norm.
+
+        Examples:
+            >>> both = MomentAccumulator.empty(1).update(np.array([[1.0]] * 999 + [[300.0]])).finalize()
+            >>> round(both.outlier_share, 3), round(300**2 / (999 + 300**2), 3)
+            (0.981, 0.989)
+        """
+        return 1.0 - (self.mean_norm / self.root_mean_square_norm) ** 2 if self.mean_norm else 0.0
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data; floats read back exactly."""
         return {"mean_norm": self.mean_norm, "mean": self.mean.tolist(), "std": self.std.tolist()}

@@ -4,16 +4,15 @@ import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments.planted.scores import Claims
 from experiments.readme import markdown_table, replace_section
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 README = Path(__file__).with_name("README.md")
 
@@ -152,15 +151,11 @@ def _write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def _write_figure(rows: Sequence[Row], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     worlds = list(dict.fromkeys(row.world for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
     size = (10, 1.2 + 0.5 * len(methods) * len(worlds))
-    figure, axes = plt.subplots(len(worlds), 2, figsize=size, squeeze=False, sharex=True, sharey=True)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(len(worlds), 2, squeeze=False, sharex=True, sharey=True)
     for panels, world in zip(axes, worlds, strict=True):
         for axis, name in zip(panels, ("precision", "recall"), strict=True):
             _draw_dots(axis, [row for row in rows if row.world == world], name, methods)
@@ -170,10 +165,9 @@ def _write_figure(rows: Sequence[Row], path: Path) -> None:
         *axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=9, frameon=False
     )
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
-def _draw_dots(axis: "Axes", rows: Sequence[Row], name: str, methods: Sequence[str]) -> None:
+def _draw_dots(axis: Axes, rows: Sequence[Row], name: str, methods: Sequence[str]) -> None:
     """Draw one line of dots with intervals per method; what is not a number is left out."""
     for offset, (by, marker) in zip((-0.2, 0.0, 0.2), _MARKERS.items(), strict=True):
         shown = [row for row in rows if row.by == by]

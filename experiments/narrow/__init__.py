@@ -1,0 +1,1 @@
+"""Which method finds a narrow change: a few rare features, beside much that only drifts."""

@@ -1,0 +1,90 @@
+"""How found changes are measured on dictionaries that are known, and a small run of the experiment."""
+
+import jax
+import numpy as np
+import pytest
+from core_cases import arrays, random_crosscoder
+
+import crosscoder_jax as cc
+from experiments.narrow import measure
+from experiments.narrow.__main__ import Narrow, row
+from experiments.narrow.changes import CHANGES, Change
+from experiments.narrow.measure import average_precisions, change_norms
+from experiments.narrow.methods import METHODS, method_recipe
+from experiments.planted.world import CHAT_ONLY, plant, sample_with_strengths
+
+
+def slow_average_precision(scores, is_wanted):
+    """By definition: over every distinct score as a cut, precision times the recall gained."""
+    total, before = 0.0, 0.0
+    for cut in sorted(set(scores), reverse=True):
+        chosen = scores >= cut
+        recall = (chosen & is_wanted).sum() / is_wanted.sum()
+        total += (chosen & is_wanted).sum() / chosen.sum() * (recall - before)
+        before = recall
+    return total
+
+
+def test_average_precision_equals_the_definition_with_ties():
+    rng = np.random.default_rng(0)
+    is_wanted = rng.random(200) < 0.1
+    # Coarse scores, many of them equal; one perfect column, one silent.
+    scores = np.stack([rng.integers(0, 4, 200), is_wanted, np.zeros(200), rng.random(200)], axis=1)
+    expected = [slow_average_precision(column, is_wanted) for column in scores.T]
+    np.testing.assert_allclose(average_precisions(scores, is_wanted), expected, rtol=1e-12)
+    # By hand: a perfect ranking has 1; a latent that says nothing has the share of wanted tokens.
+    assert average_precisions(scores, is_wanted)[1] == 1.0
+    assert average_precisions(scores, is_wanted)[2] == pytest.approx(is_wanted.mean())
+
+
+@pytest.mark.parametrize("name", ["crosscoder", "delta basis", "difference SAE"])
+def test_what_a_latent_changes_is_in_raw_units_whatever_the_sources(name):
+    world = CHANGES[0].world
+    recipe = method_recipe(name, world, 100 * 512)
+    crosscoder = random_crosscoder(sources=recipe.crosscoder.sources, num_latents=8)
+    known = arrays(crosscoder)
+    # Scales differ between sources, so that a missing division would show.
+    scale = np.repeat(known["scale"], recipe.crosscoder.sources.widths)
+    parts = np.split(known["w_dec"] / scale, len(recipe.crosscoder.sources), axis=1)
+    difference = parts[1] - parts[0] if name == "crosscoder" else parts[-1]
+    np.testing.assert_allclose(change_norms(crosscoder, world), np.linalg.norm(difference, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)
+def test_a_change_is_as_frequent_and_as_strong_as_its_name_says(change):
+    truth = plant(change.world, jax.random.key(0))
+    _, strengths = sample_with_strengths(truth, jax.random.key(1), 65_536, change.world)
+    is_new = np.asarray(truth.kind) == CHAT_ONLY
+    fires = np.asarray(strengths) > 0
+    # 65,536 tokens: the standard error of a frequency of 0.005 is 0.0003.
+    np.testing.assert_allclose(fires[:, is_new].mean(axis=0), change.frequency, atol=5 * 0.0006)
+    base, chat = np.asarray(truth.base[0]), np.asarray(truth.chat)
+    old = np.linalg.norm(chat[:200], axis=1).mean()
+    # Strengths have the same law for all features; directions carry what a feature is worth.
+    per_firing = np.asarray(strengths).sum(axis=0) / fires.sum(axis=0)
+    size = np.linalg.norm(chat, axis=1) * per_firing
+    np.testing.assert_allclose(size[is_new].mean() / size[:200].mean(), change.strength, rtol=0.05)
+    # What is shared drifts, by a fifth of its size.
+    np.testing.assert_allclose(
+        np.linalg.norm((chat - base)[:200], axis=1), old * 2 * np.sin(np.radians(6)), rtol=1e-4
+    )
+
+
+def test_every_method_is_a_value_of_the_one_recipe():
+    world = CHANGES[0].world
+    recipes = {name: method_recipe(name, world, 100 * 512) for name in METHODS}
+    assert len(set(recipes.values())) == len(METHODS)
+    assert all(isinstance(recipe, cc.TrainConfig) for recipe in recipes.values())
+
+
+def test_a_plain_change_is_found_by_the_difference_sae_and_the_delta_basis(monkeypatch):
+    monkeypatch.setattr(measure, "NUM_TOKENS", 8_192)
+    config = Narrow(num_seeds=1, num_tokens=200 * 512)
+    # Frequent and of twice the strength: enough for a run of 200 steps.
+    change = Change(0.1, 2.0)
+    found = {name: row(config, change, name) for name in ("difference SAE", "delta basis")}
+    for name, cells in found.items():
+        assert cells[:2] == (change.name, name)
+        assert float(cells[2].split()[0]) > 0.8
+    assert found["difference SAE"][5] == "-"
+    assert float(found["delta basis"][5].split()[0]) > 0.3
