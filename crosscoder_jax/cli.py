@@ -143,6 +143,7 @@ def _spliced(config: Evaluate, run: "Run") -> dict[str, float | None]:
 
 def calibrate(config: Calibrate) -> None:
     """Set the inference threshold so that the mean L0 over the held-out tokens is k."""
+    from crosscoder_jax.metrics import named_thresholds
     from crosscoder_jax.sharding import Shardings, on_mesh
     from crosscoder_jax.training.evaluate import calibrate as find_threshold
     from crosscoder_jax.training.runs import Run
@@ -154,7 +155,10 @@ def calibrate(config: Calibrate) -> None:
         after = find_threshold(before, view, batch_size=config.batch_size, progress=progress)
     run.replace_crosscoder(after, calibrated_on_tokens=view.num_tokens)
     _save_command(config, config.run / "calibrate.command.json")
-    Console().print(f"threshold: {float(before.threshold[...]):.6g} -> {float(after.threshold[...]):.6g}")
+    names = after.config.threshold_names
+    old, new = (named_thresholds(one.threshold[...], names) for one in (before, after))
+    for name in new:
+        Console().print(f"{name}: {float(old[name]):.6g} -> {float(new[name]):.6g}")
 
 
 def diff(config: Diff) -> None:

@@ -61,6 +61,9 @@ class Train:
     """Share of the latents, for each source, that write to it alone."""
     is_encoder_dedicated: bool = False
     """Whether those read it alone, too."""
+    dedicated_k: float | None = None
+    """Mean number of those active per token and source, ranked among themselves; by default they are ranked
+    with all others for --k."""
     tied: float = 0.0
     """Share of the latents with one decoder for all sources: designated shared latents."""
     tied_cost: float = 1.0
@@ -191,7 +194,9 @@ class Train:
         tied = LatentGroup("tied", self.tied, is_tied=True, cost=self.tied_cost) if self.tied else None
         if not self.dedicated:
             return () if tied is None else (tied,)
-        dedicated = exclusive_groups(sources, self.dedicated, is_encoder_masked=self.is_encoder_dedicated)
+        dedicated = exclusive_groups(
+            sources, self.dedicated, is_encoder_masked=self.is_encoder_dedicated, k=self.dedicated_k
+        )
         return dedicated if tied is None else (tied, *dedicated)
 
     def runs(self) -> Sequence["Train"]:

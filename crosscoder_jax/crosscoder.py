@@ -1,6 +1,7 @@
 """The crosscoder: one sparse code shared by all sources, one decoder per source."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -22,6 +23,7 @@ from crosscoder_jax.sparsity import (
     SparseCode,
     Sparsity,
     SumOfNorms,
+    TopK,
     Unweighted,
 )
 from crosscoder_jax.typing import (
@@ -84,6 +86,30 @@ class CrosscoderConfig:
                 "code_norm=Decoupled() ranks latents in every source, and JumpReLU() has one threshold for a "
                 "latent: use SumOfNorms()"
             )
+        self._check_budgets()
+
+    def _check_budgets(self) -> None:
+        for budget in self.layout.budgets:
+            if budget.k is None:
+                continue
+            if not isinstance(self.sparsity, BatchTopK | TopK):
+                raise ValueError(
+                    f"k={budget.k} of group {budget.name!r} with sparsity={self.sparsity}, which has no k: "
+                    "use BatchTopK, or leave the group's k out"
+                )
+            if self.is_decoupled:
+                raise ValueError(
+                    f"k={budget.k} of group {budget.name!r} with code_norm=Decoupled(), which ranks latents "
+                    "in every source: use SumOfNorms()"
+                )
+            self.sparsity.with_k(budget.k)  # what the sparsity cannot keep is refused
+
+    @property
+    def threshold_names(self) -> tuple[str, ...]:
+        """Whose the thresholds are: of each source or of each budget of latents; empty if there is one."""
+        if self.is_decoupled:
+            return self.sources.names
+        return tuple(budget.name for budget in self.layout.budgets)
 
     @property
     def param_dtype(self) -> str:
@@ -154,6 +180,7 @@ class Crosscoder(nnx.Module):
         _check_shape("mean", mean, (sources.width,))
         _check_shape("scale", scale, (len(sources),))
         w_dec = initial_decoder(config, key=key, decoder_norm=decoder_norm, shardings=shardings)
+        thresholds = (len(config.threshold_names),) if config.threshold_names else ()
         zeros = jnp.zeros((config.num_latents,), dtype, out_sharding=shardings.per_latent_l)
         self.config = nnx.static(config)
         self.shardings = nnx.static(shardings)
@@ -163,11 +190,12 @@ class Crosscoder(nnx.Module):
         self.b_dec = nnx.Param(jnp.zeros((sources.width,), dtype))
         self.mean = Fixed(jnp.zeros((sources.width,), dtype) if mean is None else jnp.asarray(mean, dtype))
         self.scale = Fixed(jnp.ones((len(sources),), dtype) if scale is None else jnp.asarray(scale, dtype))
-        self.threshold = Fixed(jnp.zeros((len(sources),) if config.is_decoupled else (), jnp.float32))
+        self.threshold = Fixed(jnp.zeros(thresholds, jnp.float32))
         self.latent_threshold = nnx.data(None)
         if isinstance(config.sparsity, JumpReLU):
             self.latent_threshold = nnx.Param(zeros + config.sparsity.initial_threshold)
         self.constrain()
+        self.equalise_norms()
 
     def constrain(self) -> None:
         """Put encoder and decoder, or gradients in their place, where the groups allow them, in place."""
@@ -175,6 +203,10 @@ class Crosscoder(nnx.Module):
         if layout.groups:
             self.w_enc[...] = layout.constrain_encoder(self.w_enc[...], self.shardings)
             self.w_dec[...] = layout.constrain_decoder(self.w_dec[...], self.shardings)
+
+    def equalise_norms(self) -> None:
+        """Bring the decoders of latents whose norms are tied to one norm for all sources, in place."""
+        self.w_dec[...] = self.config.layout.equalise_norms(self.w_dec[...], self.shardings)
 
     def normalize(self, acts: Acts) -> Acts:
         """Return ``(acts - mean) * scale`` in the weights' dtype from raw activations."""
@@ -231,6 +263,8 @@ class Crosscoder(nnx.Module):
             step: training step; ``None`` stands for the end of training.
             threshold: the running one; saves passes, changes nothing.
         """
+        if self.config.layout.budgets:
+            return self._training_code_by_budget(pre_acts, step, threshold)
 
         def select(weights: Array, threshold: Array | None) -> tuple[Array, Array]:
             sparse = self.config.sparsity(pre_acts, weights, step=step, threshold=threshold)
@@ -246,11 +280,44 @@ class Crosscoder(nnx.Module):
 
     def inference_code(self, pre_acts: Latents) -> Code:
         """Return the code at the inference rule from :meth:`pre_acts`."""
+        if self.config.layout.budgets:
+            return self._inference_code_by_budget(pre_acts)
         select = self.config.sparsity.at_inference
         if self.config.is_decoupled:
             select = jax.vmap(select, in_axes=(None, 0, 0), out_axes=1)
         threshold = self.threshold if self.latent_threshold is None else self.latent_threshold
         return select(pre_acts, self.score_weights(), threshold[...])
+
+    def _training_code_by_budget(
+        self, pre_acts: Latents, step: Count | int | None, threshold: Threshold | None
+    ) -> SparseCode:
+        weights, parts = self.score_weights(), []
+        for number, (rule, own) in enumerate(self._budgets(pre_acts)):
+            cut = None if threshold is None else threshold[number]
+            parts.append(rule(own, weights, step=step, threshold=cut))
+        code = functools.reduce(jnp.add, (part.code for part in parts))
+        return SparseCode(code, jnp.stack([part.smallest_score for part in parts]))
+
+    def _inference_code_by_budget(self, pre_acts: Latents) -> Code:
+        weights, threshold = self.score_weights(), self.threshold[...]
+        codes = (
+            rule.at_inference(own, weights, threshold[number])
+            for number, (rule, own) in enumerate(self._budgets(pre_acts))
+        )
+        return functools.reduce(jnp.add, codes)
+
+    def _budgets(self, pre_acts: Latents) -> list[tuple[BatchTopK | TopK, Latents]]:
+        """Return the rule of each budget and its pre-activations: 0, never kept, for other latents."""
+        layout, sparsity = self.config.layout, self.config.sparsity
+        assert isinstance(sparsity, BatchTopK | TopK)  # the config refuses others
+        budget_of = layout.budget_of(self.shardings)
+        return [
+            (
+                sparsity if budget.k is None else sparsity.with_k(budget.k),
+                jnp.where(budget_of == number, pre_acts, jnp.zeros_like(pre_acts)),
+            )
+            for number, budget in enumerate(layout.budgets)
+        ]
 
     def encode(self, acts: Acts) -> Code:
         """Return the inference code of raw activations, zero where a score is not above the threshold.
@@ -350,7 +417,10 @@ def fold_normalization(crosscoder: Crosscoder) -> Crosscoder:
     w_dec, b_dec = crosscoder.raw_decoder()
     code_norm = Decoupled() if is_decoupled else Unweighted()
     dtype = crosscoder.config.param_dtype
-    groups = tuple(dataclasses.replace(group, is_tied=False, cost=1.0) for group in crosscoder.config.groups)
+    groups = tuple(
+        dataclasses.replace(group, is_tied=False, is_norm_tied=False, cost=1.0)
+        for group in crosscoder.config.groups
+    )
     config = dataclasses.replace(
         crosscoder.config, code_norm=code_norm, groups=groups, dtype=dtype, precision="highest"
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -20,7 +21,9 @@ class LatentGroup:
 
     ======================================= ==========================================================
     designated shared latents               ``is_tied``, ``cost`` 0.1 to 0.2 (Anthropic 2025)
+    the same, where shared concepts turn    ``is_norm_tied``
     dedicated exclusive latents             ``writes`` one source (arXiv 2602.11729); ``reads`` it, too
+    dual k: a budget for what changed       ``k`` of the latents that write to the difference
     weakly causal crosscoder over layers    for each layer a group that ``reads`` it and ``writes`` it
                                             and those after it (Lindsey et al. 2024)
     strictly causal: cross-layer transcoder the same, with the outputs of layers as sources of their own
@@ -40,8 +43,14 @@ class LatentGroup:
     """Names of the sources its decoders write; ``None`` for all. The decoders of others are exactly zero."""
     is_tied: bool = False
     """Whether a latent has one decoder, in normalised units, for all sources it writes."""
+    is_norm_tied: bool = False
+    """Whether a latent's decoders have one norm, in normalised units, in all sources it writes; their
+    directions are free. After every step each is scaled to the root mean square of their norms."""
     cost: float = 1.0
     """What a unit of score costs: L1 multiplies its penalty by it, rankings divide scores by it."""
+    k: float | None = None
+    """Mean number of its latents kept per token, ranked among themselves and with a threshold of their own;
+    ``None`` ranks them with the latents of no group for the sparsity's k."""
 
     def __post_init__(self) -> None:
         if self.name in ("", FREE):
@@ -50,12 +59,27 @@ class LatentGroup:
             raise ValueError(f"share={self.share} of group {self.name!r} must lie above 0 and at most at 1")
         if not 0 < self.cost < float("inf"):
             raise ValueError(f"cost={self.cost} of group {self.name!r} must be positive and finite")
+        if self.is_tied and self.is_norm_tied:
+            raise ValueError(
+                f"is_norm_tied=True of group {self.name!r} says nothing beside is_tied=True: leave it out"
+            )
+        if self.k is not None and not 0 < self.k < float("inf"):
+            raise ValueError(f"k={self.k} of group {self.name!r} must be positive and finite")
         for field in ("reads", "writes"):
             names = getattr(self, field)
             if names is not None and (not names or len(set(names)) != len(names)):
                 raise ValueError(
                     f"{field}={names} of group {self.name!r} must name at least one source, and none twice"
                 )
+
+
+class Budget(NamedTuple):
+    """Latents that are ranked among themselves."""
+
+    name: str
+    """Of the group, or ``FREE`` for all latents without a k of their own."""
+    k: float | None
+    """Its own; ``None`` for that of the sparsity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +143,25 @@ class Layout:
         ]
         return of_groups + [FREE] * (self.num_latents - len(of_groups))
 
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Latents that are ranked apart, those without a k of their own first; empty if all are together."""
+        own = {
+            group: size for group, size in zip(self.groups, self.sizes, strict=True) if group.k is not None
+        }
+        common = (Budget(FREE, None),) if own and sum(own.values()) < self.num_latents else ()
+        return (*common, *(Budget(group.name, group.k) for group in own))
+
+    def budget_of(self, shardings: Shardings) -> Int[Array, "latent"]:
+        """Return which of the budgets each latent has a part in."""
+        index = self._index(shardings)
+        names = [budget.name for budget in self.budgets]
+        found = jnp.zeros_like(index)
+        for group, is_member in zip(self.groups, self._members(index), strict=True):
+            if group.k is not None:
+                found = jnp.where(is_member, names.index(group.name), found)
+        return found
+
     def costs(self, shardings: Shardings) -> PerLatent:
         """Return what a unit of each latent's score costs."""
         index, costs = self._index(shardings), jnp.float32(1.0)
@@ -167,6 +210,24 @@ class Layout:
                 parts[i] = jnp.where(is_member[:, None], mean, parts[i])
         return jnp.concatenate(parts, axis=1)
 
+    def equalise_norms(self, values: DecoderWeights, shardings: Shardings) -> DecoderWeights:
+        """Return decoder weights with one norm in all written sources for latents whose norms are tied."""
+        if not any(group.is_norm_tied for group in self.groups):
+            return values
+        members = self._members(self._index(shardings))
+        parts = list(self.sources.split(values))
+        for group, is_member in zip(self.groups, members, strict=True):
+            if not group.is_norm_tied:
+                continue
+            written = [i for i, entry in enumerate(self.sources) if _has(group.writes, entry.name)]
+            norms = {i: jnp.linalg.norm(parts[i], axis=1) for i in written}
+            common = jnp.sqrt(sum(jnp.square(norm) for norm in norms.values()) / len(written))
+            for i, norm in norms.items():
+                # A decoder of zeros has no direction to scale.
+                factor = jnp.where(is_member & (norm > 0), common / jnp.where(norm > 0, norm, 1.0), 1.0)
+                parts[i] = parts[i] * factor[:, None]
+        return jnp.concatenate(parts, axis=1)
+
     def _index(self, shardings: Shardings) -> Int[Array, "latent"]:
         return reshard(jnp.arange(self.num_latents), shardings.per_latent_l)
 
@@ -180,7 +241,7 @@ def _has(names: tuple[str, ...] | None, name: str) -> bool:
 
 
 def exclusive_groups(
-    sources: Sources, share: float, *, is_encoder_masked: bool = False
+    sources: Sources, share: float, *, is_encoder_masked: bool = False, k: float | None = None
 ) -> tuple[LatentGroup, ...]:
     """Return a group of dedicated latents for each source, which write it alone.
 
@@ -188,6 +249,7 @@ def exclusive_groups(
         sources: of the crosscoder.
         share: of all latents, for each source.
         is_encoder_masked: whether they read it alone, too.
+        k: of each group; ``None`` ranks all latents together.
 
     References:
         arXiv 2602.11729 (dedicated feature crosscoder).
@@ -198,6 +260,7 @@ def exclusive_groups(
             share,
             reads=(entry.name,) if is_encoder_masked else None,
             writes=(entry.name,),
+            k=k,
         )
         for entry in sources
     )

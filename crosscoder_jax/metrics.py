@@ -6,6 +6,7 @@ The README's section "Metrics" has the formula of every metric that a file of a 
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -104,11 +105,16 @@ def fired_counts(code: Code, is_valid: Bool[Array, "batch"] | None = None) -> Ar
     return jnp.sum(active, axis=0, dtype=jnp.int32)
 
 
-def named_thresholds(threshold: Threshold, sources: Sources) -> dict[str, Array]:
-    """Return ``"threshold"``, or ``"threshold/<name>"`` of each source that has its own."""
+def named_thresholds(threshold: Threshold, names: Sequence[str]) -> dict[str, Array]:
+    """Return ``"threshold"``, or ``"threshold/<name>"`` of each source or budget of latents.
+
+    Args:
+        threshold: of a crosscoder.
+        names: ``threshold_names`` of its config.
+    """
     if threshold.ndim == 0:
         return {"threshold": threshold}
-    return {f"threshold/{name}": threshold[i] for i, name in enumerate(sources.names)}
+    return {f"threshold/{name}": threshold[i] for i, name in enumerate(names)}
 
 
 def frequency_metrics(fired: np.ndarray, num_tokens: int) -> dict[str, float]:

@@ -20,8 +20,9 @@ has its own, as the code norm ``Decoupled`` makes it."""
 ScoreWeights = Float[Array, "*source latent"]
 """What activations are multiplied by for ranking: one per latent, or one per source and latent."""
 
-Threshold = Float[Array, "*source"]
-"""The inference cut on scores, float32: one, or one per source when each source has its own code."""
+Threshold = Float[Array, "*part"]
+"""The inference cut on scores, float32: one, or one per source when each source has its own code, or one
+per budget when groups of latents have a k of their own."""
 
 Mask = Bool[Array, "batch latent"]
 """Which (token, latent) pairs are kept."""

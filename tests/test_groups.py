@@ -1,6 +1,7 @@
 """Groups of latents: where they lie, what they read, write and share, through training and files."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ from training_cases import activations, recipe, weights, write_store
 
 import crosscoder_jax as cc
 from crosscoder_jax.activations import Split, TokenView
+from crosscoder_jax.activations.batches import sequential_batches
 from crosscoder_jax.configs import config_from_json, config_to_json
 from crosscoder_jax.diffing import diff_run
 from crosscoder_jax.groups import LatentGroup, Layout, causal_groups, exclusive_groups
 from crosscoder_jax.sharding import Shardings, make_mesh
+from crosscoder_jax.training.evaluate import calibrate
 from crosscoder_jax.training.loop import RunOptions, fit, put_batch
 from crosscoder_jax.training.resampling import resample
 
@@ -26,8 +29,8 @@ SHARED, BASE, CHAT = slice(0, 8), slice(8, 10), slice(10, 12)
 BATCH = 32
 
 
-def make(**changes):
-    return recipe(sources=SOURCES, groups=GROUPS, **changes)
+def make(groups=GROUPS, **changes):
+    return recipe(sources=SOURCES, groups=groups, **changes)
 
 
 @functools.cache
@@ -192,6 +195,140 @@ def test_costs_are_not_lost_on_the_way_to_a_format_that_has_none(tmp_path):
     assert cc.save(cc.fold_normalization(crosscoder), tmp_path / "folded", format="dictionary_learning_pt")
 
 
+# Budgets: groups whose latents are ranked among themselves.
+
+CHANGED = (LatentGroup("shared", 0.5), LatentGroup("chat", 0.25, writes=("chat",), k=0.5))
+"""Of 16 latents: 8 shared and the 4 free in one budget, 4 of chat in the other."""
+OWN = slice(8, 12)
+COMMON = np.r_[0:8, 12:16]
+
+
+K2 = cc.BatchTopK(k=2)
+
+
+def budgeted(sparsity: Any = K2, groups=CHANGED, **changes):
+    return recipe(sources=SOURCES, groups=groups, sparsity=sparsity, **changes)
+
+
+def pre_acts(seed=0, batch=BATCH):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, 16)), jnp.float32)
+
+
+@pytest.mark.parametrize("common", [cc.BatchTopK(k=2), cc.TopK(k=2)], ids=str)
+def test_each_budget_keeps_what_it_would_keep_alone(common):
+    own_k = 0.5 if isinstance(common, cc.BatchTopK) else 1
+    groups = (CHANGED[0], LatentGroup("chat", 0.25, writes=("chat",), k=own_k))
+    crosscoder = cc.init_state(budgeted(sparsity=common, groups=groups)).crosscoder()
+    pre, score_weights = pre_acts(), crosscoder.score_weights()
+    code, smallest = crosscoder.training_code(pre)
+    for number, (latents, rule) in enumerate([(COMMON, common), (np.r_[OWN], type(common)(own_k))]):
+        alone = rule(pre[:, latents], score_weights[latents])
+        np.testing.assert_array_equal(code[:, latents], alone.code)
+        np.testing.assert_array_equal(smallest[number], alone.smallest_score)
+
+
+def test_each_budget_has_its_own_threshold_and_l0():
+    config = budgeted(num_steps=40)
+    state = cc.init_state(config)
+    for batch in activations(BATCH * 40, (6, 6)).reshape(40, BATCH, -1):
+        state, metrics = cc.train_step(state, jnp.asarray(batch), config=config)
+    assert {"threshold/free", "threshold/chat"} <= set(metrics)
+    np.testing.assert_allclose(metrics["l0"], 2.5, atol=1 / BATCH)
+    crosscoder = state.crosscoder()
+    pre, thresholds = pre_acts(1), crosscoder.threshold[...]
+    scores = np.maximum(pre, 0) * np.asarray(crosscoder.score_weights())
+    cuts = np.repeat([float(thresholds[0]), float(thresholds[1]), float(thresholds[0])], [8, 4, 4])
+    np.testing.assert_array_equal(np.asarray(crosscoder.inference_code(pre)) > 0, scores > cuts)
+    assert thresholds[0] != thresholds[1]
+
+
+def test_calibration_brings_each_budget_to_its_k(tmp_path):
+    store = write_store(tmp_path / "store", widths=(6, 6))
+    view = TokenView.of_split(store, Split(), held_out=True)
+    calibrated = calibrate(cc.init_state(budgeted()).crosscoder(), view)
+    acts = np.concatenate([batch.acts[batch.is_valid] for batch in sequential_batches(view, 64)])
+    active = np.asarray(calibrated.encode(jnp.asarray(acts, jnp.float32))) > 0
+    # Cuts are between scores: one token more or less of the view.
+    np.testing.assert_allclose(active[:, COMMON].sum(axis=1).mean(), 2, atol=2 / len(acts) + 2e-3)
+    np.testing.assert_allclose(active[:, OWN].sum(axis=1).mean(), 0.5, atol=2 / len(acts) + 5e-4)
+
+
+def test_groups_can_have_every_latent_in_a_budget_of_its_own():
+    groups = (LatentGroup("a", 0.5, k=1), LatentGroup("b", 0.5, k=3))
+    crosscoder = cc.init_state(budgeted(groups=groups)).crosscoder()
+    assert crosscoder.config.threshold_names == ("a", "b")
+    active = np.asarray(crosscoder.training_code(pre_acts()).code) > 0
+    assert [active[:, :8].sum(), active[:, 8:].sum()] == [BATCH, 3 * BATCH]
+
+
+def test_annealing_is_in_proportion_in_every_budget():
+    rule = cc.BatchTopK(k=2, initial_k=8, anneal_steps=10).with_k(0.5)
+    assert [float(rule.k_at(step)) for step in (0, 5, 10)] == [2.0, 1.25, 0.5]
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_budgets_on_a_mesh_select_as_one_device_does(shape):
+    config, mesh = budgeted(), make_mesh(*shape)
+    alone = cc.init_state(config)
+    expected = alone.crosscoder().training_code(pre_acts())
+    with jax.set_mesh(mesh):
+        shardings = Shardings.for_mesh(mesh)
+        crosscoder = cc.init_state(config, shardings=shardings).crosscoder()
+        found = jax.jit(lambda c, p: c.training_code(p))(
+            crosscoder, jax.device_put(pre_acts(), shardings.code_bl)
+        )
+    np.testing.assert_array_equal(np.asarray(found.code) > 0, np.asarray(expected.code) > 0)
+    np.testing.assert_allclose(found.smallest_score, expected.smallest_score, rtol=1e-6)
+
+
+def test_budgets_survive_files_and_folding_and_are_refused_by_formats_without(tmp_path):
+    crosscoder = trained(30, groups=CHANGED, sparsity=cc.BatchTopK(k=2)).crosscoder()
+    loaded = cc.load(cc.save(crosscoder, tmp_path / "own"))
+    acts = jnp.asarray(activations(64, (6, 6), seed=5))
+    np.testing.assert_array_equal(loaded.encode(acts), crosscoder.encode(acts))
+    folded = cc.fold_normalization(crosscoder)
+    np.testing.assert_array_equal(folded.encode(acts) > 0, crosscoder.encode(acts) > 0)
+    with pytest.raises(ValueError, match=r"group 'chat' has k=0\.5 and a threshold of its own"):
+        cc.save(crosscoder, tmp_path / "other", format="dictionary_learning")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsity": cc.ReLU()}, r"k=0\.5 of group 'chat' with sparsity=ReLU\(\), which has no k"),
+        ({"code_norm": cc.Decoupled()}, r"k=0\.5 of group 'chat' with code_norm=Decoupled\(\)"),
+        ({"sparsity": cc.TopK(k=2)}, r"k=0\.5 must be whole for TopK"),
+    ],
+)
+def test_a_k_that_the_sparsity_cannot_keep_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        cc.CrosscoderConfig(SOURCES, 16, groups=CHANGED, **({"sparsity": cc.BatchTopK(k=2)} | changes))
+
+
+# Tied norms.
+
+
+def test_tied_norms_are_equal_and_directions_free_under_the_optimiser():
+    groups = (LatentGroup("loud", 0.5, is_norm_tied=True),)
+    decoders = np.asarray(trained(30, groups=groups).crosscoder().w_dec[...])
+    norms = np.linalg.norm(decoders.reshape(16, 2, 6), axis=2)
+    np.testing.assert_allclose(norms[:8, 0], norms[:8, 1], rtol=1e-6)
+    assert np.abs(norms[8:, 0] / norms[8:, 1] - 1).max() > 0.01
+    assert np.abs(decoders[:8, :6] - decoders[:8, 6:]).max() > 0.01
+
+
+def test_tying_norms_keeps_directions_and_the_root_mean_square():
+    layout = Layout((LatentGroup("loud", 0.5, is_norm_tied=True),), SOURCES, 4)
+    values = np.zeros((4, 12), np.float32)
+    values[0, 0], values[0, 6] = 1.0, 7.0  # norms 1 and 7: their root mean square is 5
+    values[1, 0] = 2.0  # no direction in chat: nothing there to scale
+    values[2] = values[0]  # of no group
+    expected = values.copy()
+    expected[0, 0] = expected[0, 6] = 5.0
+    expected[1, 0] = np.sqrt(2.0)
+    np.testing.assert_allclose(layout.equalise_norms(jnp.asarray(values), NO_MESH), expected, rtol=1e-6)
+
+
 # Causality: three layers of one model, and what two of them put out.
 
 LAYERS = tuple(f"L{i}" for i in range(3))
@@ -273,6 +410,11 @@ def test_one_decoder_needs_one_width():
         ({"cost": 0.0}, "cost=0.0 of group 'a' must be positive and finite"),
         ({"writes": ()}, r"writes=\(\) of group 'a' must name at least one source"),
         ({"reads": ("x", "x")}, "and none twice"),
+        ({"k": 0.0}, "k=0.0 of group 'a' must be positive and finite"),
+        (
+            {"is_tied": True, "is_norm_tied": True},
+            "is_norm_tied=True of group 'a' says nothing",
+        ),
     ],
 )
 def test_impossible_groups_are_refused(changes, message):

@@ -124,7 +124,7 @@ def test_metrics_count_a_latent_once_and_mean_k_over_the_sources():
     assert cc.l0(code, jnp.array([True, False])) == 1.5
     np.testing.assert_array_equal(fired_counts(code), [1, 1, 1])
     np.testing.assert_array_equal(fired_counts(code, jnp.array([False, True])), [0, 0, 1])
-    names = named_thresholds(jnp.array([1.0, 2.0]), two_sources())
+    names = named_thresholds(jnp.array([1.0, 2.0]), two_sources().names)
     assert names == {"threshold/base": 1.0, "threshold/chat": 2.0}
 
 

@@ -21,7 +21,7 @@ def sources(widths=WIDTHS):
     return cc.Sources(tuple(cc.Source(name, width) for name, width in zip(names, widths, strict=True)))
 
 
-def recipe(*, widths=WIDTHS, num_latents=NUM_LATENTS, sparsity=K3, **changes: Any):
+def recipe(*, widths=WIDTHS, num_latents=NUM_LATENTS, sparsity: Any = K3, **changes: Any):
     """A recipe of a few steps; fields of the crosscoder and of the training by name."""
     of_crosscoder = {f.name for f in dataclasses.fields(cc.CrosscoderConfig)}
     shape = {name: changes.pop(name) for name in list(changes) if name in of_crosscoder}

@@ -53,7 +53,7 @@ def encode_array(
         _encode_rows(crosscoder, rows[i : i + batch_size], stored, i) for i in range(0, len(rows), batch_size)
     ]
     longest, dtype = max((part.indices.shape[-1] for part in parts), default=0), crosscoder.config.param_dtype
-    none = (0, *crosscoder.threshold.shape, longest)
+    none = (0, *((len(crosscoder.config.sources),) if crosscoder.config.is_decoupled else ()), longest)
     return EncodedArray(
         indices=_joined([_filled(part.indices, longest, -1) for part in parts], none, np.int32),
         values=_joined([_filled(part.values, longest, 0) for part in parts], none, dtype),

@@ -51,9 +51,14 @@ class Weights:
         """Take a crosscoder apart.
 
         Raises:
-            ValueError: if the sources differ in width, or a group of latents has a cost.
+            ValueError: if the sources differ in width, or a group of latents has a cost or a k of its own.
         """
         for group in crosscoder.config.groups:
+            if group.k is not None:
+                raise ValueError(
+                    f"group {group.name!r} has k={group.k} and a threshold of its own, which no other format "
+                    "keeps: save as 'crosscoder_jax'"
+                )
             if group.cost != 1:
                 raise ValueError(
                     f"group {group.name!r} has cost={group.cost}, which no other format keeps: save "

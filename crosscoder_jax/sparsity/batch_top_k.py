@@ -58,6 +58,11 @@ class BatchTopK:
         if self.anneal_steps < 0:
             raise ValueError(f"anneal_steps={self.anneal_steps} must not be negative")
 
+    def with_k(self, k: float) -> "BatchTopK":
+        """Return the same rule for another k; what it is annealed from changes in proportion."""
+        initial_k = None if self.initial_k is None else self.initial_k * k / self.k
+        return dataclasses.replace(self, k=k, initial_k=initial_k)
+
     def k_at(self, step: Int[Array, ""] | int | None) -> Scalar:
         """Return k at a training step; ``None`` stands for the end of training."""
         if self.initial_k is None or step is None:

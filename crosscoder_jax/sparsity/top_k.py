@@ -32,6 +32,18 @@ class TopK:
         if self.k <= 0:
             raise ValueError(f"k={self.k} must be positive")
 
+    def with_k(self, k: float) -> "TopK":
+        """Return the same rule for another k.
+
+        Raises:
+            ValueError: if k is not whole: every token has as many.
+        """
+        if k != int(k):
+            raise ValueError(
+                f"k={k} must be whole for TopK, which keeps as many of every token: use BatchTopK"
+            )
+        return TopK(int(k))
+
     def __call__(
         self,
         pre_acts: Latents,

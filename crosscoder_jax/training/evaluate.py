@@ -44,7 +44,7 @@ def evaluate(
     Returns:
         ``fve`` and ``fve/<source>`` at the inference rule, ``fve_training_rule``, both L0s, the
         fractions of latents that are ``dead``, firing on none of these tokens, and ``dense``,
-        ``threshold`` (``threshold/<source>`` where each source has its own) and ``num_tokens``.
+        ``threshold`` (``threshold/<name>`` where sources or groups have their own) and ``num_tokens``.
 
     Raises:
         StoreError: if a file of the store is damaged.
@@ -64,13 +64,14 @@ def evaluate(
         raise ValueError("the view holds no token to measure")
     sources = crosscoder.config.sources
     inference = explained_variance(totals.inference, sources)
+    thresholds = named_thresholds(crosscoder.threshold[...], crosscoder.config.threshold_names)
     return {
         "num_tokens": done,
         **{name: float(value) for name, value in inference.items()},
         "fve_training_rule": float(explained_variance(totals.training, sources)["fve"]),
         "l0_inference_rule": float(totals.active_inference) / done,
         "l0_training_rule": float(totals.active_training / totals.training.tokens),
-        **{n: float(value) for n, value in named_thresholds(crosscoder.threshold[...], sources).items()},
+        **{name: float(value) for name, value in thresholds.items()},
         **frequency_metrics(np.asarray(totals.fired), done),
     }
 
@@ -82,7 +83,8 @@ def calibrate(
 
     Scores at or above each of 64 cuts are counted in one pass over the view; the bracket around
     ``k * tokens`` is refined until the L0 is within 0.1 % of k or the cuts cannot be told apart. Where
-    each source has its own threshold they are found one after the other.
+    sources, or groups of latents with a k of their own, have their own thresholds they are found one after
+    the other.
 
     Args:
         crosscoder: trained with BatchTopK; not changed.
@@ -102,7 +104,8 @@ def calibrate(
         )
     threshold = crosscoder.threshold[...]
     search = _Search(crosscoder, view, batch_size, progress, num_cuts=threshold.size)
-    found = [search.cut(sparsity.k, i) for i in range(threshold.size)]
+    own = [budget.k for budget in crosscoder.config.layout.budgets] or [None] * threshold.size
+    found = [search.cut(sparsity.k if k is None else k, i) for i, k in enumerate(own)]
     search.tell(threshold.size * _MAX_PASSES, 0)
     calibrated = nnx.clone(crosscoder)
     calibrated.threshold[...] = jnp.asarray(found, jnp.float32).reshape(threshold.shape)
@@ -136,7 +139,7 @@ class _Search:
     batch_size: int
     progress: Progress | None
     num_cuts: int
-    """How many are searched for: one, or one per source."""
+    """How many are searched for: one, or one per source or budget of latents."""
 
     def cut(self, k: float, index: int) -> np.float32:
         """Return the cut with this index."""
@@ -182,6 +185,8 @@ def _scores(
     pre_acts = crosscoder.pre_acts(crosscoder.normalize(acts))
     weights = crosscoder.score_weights()
     weights = weights[index] if crosscoder.config.is_decoupled else weights
+    if crosscoder.config.layout.budgets:
+        pre_acts = jnp.where(crosscoder.config.layout.budget_of(crosscoder.shardings) == index, pre_acts, 0.0)
     return jnp.where(is_valid[:, None], ranking_scores(jax.nn.relu(pre_acts), weights), 0.0)
 
 

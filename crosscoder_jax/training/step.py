@@ -67,7 +67,7 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
     (loss, forward), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     grads = _constrained(state, grads)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    params = jax.tree.map(jnp.add, state.params, updates)
+    params = _with_tied_norms(jax.tree.map(jnp.add, state.params, updates), state)
     next_state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -129,6 +129,12 @@ def _constrained(state: TrainState, grads: nnx.State) -> nnx.State:
     return nnx.state(crosscoder, nnx.Param)
 
 
+def _with_tied_norms(params: nnx.State, state: TrainState) -> nnx.State:
+    crosscoder = nnx.merge(state.graphdef, params, state.fixed)
+    crosscoder.equalise_norms()
+    return nnx.state(crosscoder, nnx.Param)
+
+
 def _reconstruction_loss(
     crosscoder: Crosscoder, normalized: Acts, code: Code, recon: Acts, config: TrainConfig
 ) -> Scalar:
@@ -169,7 +175,7 @@ def _train_metrics(
         "l0": forward.l0,
         # By how long it is since a latent fired; on held-out tokens "dead" is one that fires on none of them.
         "dead": jnp.mean(state.tokens_since_fired >= aux_k.dead_after_tokens),
-        **named_thresholds(state.threshold, config.crosscoder.sources),
+        **named_thresholds(state.threshold, config.crosscoder.threshold_names),
         "lr": jnp.asarray(learning_rate_schedule(config)(state.step - 1)),
         "grad_norm": jnp.sqrt(sum(jnp.square(norm) for norm in grad_norms.values())),
         "is_finite/batch": jnp.isfinite(jnp.sum(forward.sums.energy)),
