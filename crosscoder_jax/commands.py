@@ -28,7 +28,7 @@ from crosscoder_jax.report import ReportConfig
 from crosscoder_jax.sources import Sources, difference
 from crosscoder_jax.sparsity import BatchTopK, JumpReLU, ReLU, Sparsity, TopK
 from crosscoder_jax.training.config import TrainConfig
-from crosscoder_jax.training.laws import MeanNorm
+from crosscoder_jax.training.laws import MeanNorm, WarmStart
 
 _LOSSES = {"norm": ErrorNorm(), "squared": SquaredError(), "mean-squared": MeanSquaredError()}
 
@@ -47,6 +47,15 @@ class Train:
     """"all" of these sources (a crosscoder), or of two the "difference" chat - base (a difference SAE), or
     the "delta" basis: base and chat - base, each scaled on its own, so that the change weighs as much as
     what is shared; it is diffed as base and chat."""
+    start_from: Path | None = None
+    """Folder of a run, or of a crosscoder, whose latents and normaliser to begin with: of fewer latents or
+    fewer sources, or of other models of the same width (stage-wise diffing)."""
+    start_sources: tuple[str, ...] | None = None
+    """What that one's sources are here, in its order; by default they have the same names."""
+    is_start_frozen: bool = False
+    """Whether to hold what it brings, so that only new latents and new sources learn."""
+    frozen: tuple[Literal["w_enc", "b_enc", "w_dec", "b_dec"], ...] = ()
+    """Weights that stay as they begin."""
     num_latents: int = 16_384
     """Size of the dictionary."""
     k: float = 100.0
@@ -156,6 +165,8 @@ class Train:
             matryoshka=None if self.nested is None else Matryoshka(self.nested),
             l1=None if self.l1 is None else L1OfNorms(self.l1, warmup_steps=self.warmup_steps),
             l0=self.l0_penalty(),
+            start=self.start(),
+            frozen=self.frozen,
             aux_k=self.revival(),
             is_centred=self.is_centred,
             scaling=MeanNorm() if self.is_scaled else None,
@@ -182,6 +193,20 @@ class Train:
         if not self.k.is_integer():
             raise ValueError(f"k={self.k} must be whole with sparsity='top-k': every token has as many")
         return TopK(int(self.k))
+
+    def start(self) -> WarmStart | None:
+        """Return the saved crosscoder to begin with.
+
+        Raises:
+            ValueError: if how to begin is given without what to begin with.
+        """
+        if self.start_from is None:
+            if self.start_sources is not None or self.is_start_frozen:
+                raise ValueError("start_sources and is_start_frozen say how to begin: give start_from, too")
+            return None
+        finished = self.start_from / "crosscoder"
+        folder = finished if finished.is_dir() else self.start_from
+        return WarmStart(str(folder), self.start_sources, self.is_start_frozen)
 
     def l0_penalty(self) -> L0Penalty | None:
         """Return the loss that moves the thresholds of JumpReLU until the mean L0 is k."""

@@ -83,7 +83,7 @@ def _made(
     )
     store, config = _store(), make_config(num_latents, sources, json.loads(sparsity))
     folder.mkdir()
-    claim_folder(folder, run_identity(config, store, RunOptions(split=Split(0.2))), store)
+    claim_folder(folder, run_identity(config, store, RunOptions(split=Split(0.2))), store, None)
     save(Crosscoder(config.crosscoder, key=jax.random.key(0)), folder / "crosscoder")
     measured_on = Run.open(folder).measured_on()
     evaluation = make_evaluation(sources, 0.853 if is_pair else 0.56)

@@ -72,3 +72,25 @@ def test_losses_beside_the_reconstruction():
     assert made.delta == cc.DeltaLoss(2.0)
     assert made.matryoshka == cc.Matryoshka((0.25, 1.0))
     assert (recipe().delta, recipe().matryoshka, recipe().loss) == (None, None, cc.ErrorNorm())
+
+
+def test_dedicated_latents_can_have_a_budget_of_their_own():
+    made = recipe(dedicated=0.125, dedicated_k=0.5)
+    assert [group.k for group in made.crosscoder.groups] == [0.5, 0.5]
+    assert made.crosscoder.threshold_names == ("free", "base-dedicated", "chat-dedicated")
+
+
+def test_a_run_begins_with_the_crosscoder_of_a_run_or_of_a_folder(tmp_path):
+    (tmp_path / "run" / "crosscoder").mkdir(parents=True)
+    of_run = recipe(start_from=tmp_path / "run", start_sources=("chat",), is_start_frozen=True).start
+    assert of_run == cc.WarmStart(str(tmp_path / "run" / "crosscoder"), ("chat",), True)
+    assert recipe(start_from=tmp_path / "saved").start == cc.WarmStart(str(tmp_path / "saved"))
+    assert recipe(frozen=("w_enc",)).frozen == ("w_enc",)
+
+
+@pytest.mark.parametrize("options", [{"start_sources": ("chat",)}, {"is_start_frozen": True}], ids=str)
+def test_how_to_begin_needs_what_to_begin_with(options):
+    with pytest.raises(
+        ValueError, match="start_sources and is_start_frozen say how to begin: give start_from"
+    ):
+        recipe(**options)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 from crosscoder_jax.crosscoder import CrosscoderConfig
 from crosscoder_jax.objectives import (
@@ -14,7 +15,14 @@ from crosscoder_jax.objectives import (
     Reconstruction,
 )
 from crosscoder_jax.sparsity import JumpReLU, ReLU
-from crosscoder_jax.training.laws import CorrectedThreshold, MeanNorm, Resampling, Scaling, ThresholdLaw
+from crosscoder_jax.training.laws import (
+    CorrectedThreshold,
+    MeanNorm,
+    Resampling,
+    Scaling,
+    ThresholdLaw,
+    WarmStart,
+)
 
 TOKENS_CAP = 2**30
 """Counters of tokens without firing stop here, so that int32 never overflows."""
@@ -63,6 +71,10 @@ class TrainConfig:
     """Revival of dead latents; ``None`` trains without."""
     resampling: Resampling | None = None
     """New beginnings for dead latents, used with L1; the published runs had none."""
+    start: WarmStart | None = None
+    """A saved crosscoder to begin with; ``None`` begins with random directions."""
+    frozen: tuple[Literal["w_enc", "b_enc", "w_dec", "b_dec"], ...] = ()
+    """Weights that stay as they begin."""
     threshold: ThresholdLaw = CorrectedThreshold()
     """The running inference threshold; published: ``DelayedThreshold()``."""
     decoder_norm: float = 0.1
@@ -123,6 +135,8 @@ class TrainConfig:
                 "resampling with sparsity=JumpReLU() would leave the thresholds of dead latents where they "
                 "are: use AuxK"
             )
+        if self.resampling is not None and (self.frozen or (self.start and self.start.is_frozen)):
+            raise ValueError("resampling would move weights that are frozen: use AuxK, or freeze nothing")
         if self.resampling is not None and self.resampling.every_steps * self.batch_size > TOKENS_CAP:
             raise ValueError(
                 f"every_steps={self.resampling.every_steps} of batch_size={self.batch_size} are more tokens "

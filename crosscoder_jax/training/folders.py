@@ -13,7 +13,9 @@ from crosscoder_jax.activations.atomic import read_json, remove_temporary_files,
 from crosscoder_jax.activations.setting import lock_folder
 from crosscoder_jax.activations.store import ActivationStore
 from crosscoder_jax.configs import config_differences, config_from_json, config_to_json
+from crosscoder_jax.publishing import weights_sha256
 from crosscoder_jax.training.config import TrainConfig
+from crosscoder_jax.training.laws import WarmStart
 from crosscoder_jax.training.options import RunOptions
 
 
@@ -68,11 +70,15 @@ def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def claim_folder(folder: Path, identity: Mapping[str, Any], store: ActivationStore) -> None:
+def claim_folder(
+    folder: Path, identity: Mapping[str, Any], store: ActivationStore, start: WarmStart | None
+) -> None:
     """Write what the run is, once it has what it needs to start: a faulty recipe claims no folder."""
     path = folder / "config.json"
     if not path.exists():
-        record = {"store_path": str(store.path.absolute()), "versions": library_versions()}
+        record: dict[str, Any] = {"store_path": str(store.path.absolute()), "versions": library_versions()}
+        if start is not None:
+            record["start_weights_sha256"] = weights_sha256(start.crosscoder)
         write_json_atomically(path, {**identity, **record})
 
 

@@ -165,3 +165,23 @@ class Resampling:
     def is_due(self, step: Int[Array, ""]) -> Array:
         """Return whether latents begin again after this step, counted from 0."""
         return (step > 0) & (step % self.every_steps == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStart:
+    """Begin with a saved crosscoder: with more latents, or more sources, or on other models or data.
+
+    Stage-wise diffing trains one dictionary on a base model and lets it go on with the fine-tuned one, so
+    that each latent can be followed from the one to the other.
+
+    References:
+        Bricken et al. 2024, transformer-circuits.pub/2024/model-diffing.
+    """
+
+    crosscoder: str
+    """Folder of a crosscoder that this package saved."""
+    sources: tuple[str, ...] | None = None
+    """What its sources are in this run, in its order; ``None`` keeps their names."""
+    is_frozen: bool = False
+    """Hold its encoder, decoders and biases, so that only new latents, and what it has no weights for in new
+    sources, are trained."""

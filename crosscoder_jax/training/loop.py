@@ -38,6 +38,7 @@ from crosscoder_jax.training.state import TrainState, init_state
 from crosscoder_jax.training.statistics import SAMPLE_TOKENS, DataStatistics, data_statistics
 from crosscoder_jax.training.step import train_step
 from crosscoder_jax.training.tracking import JsonLinesTracker, Tracker
+from crosscoder_jax.training.warm_start import begin_with
 from crosscoder_jax.typing import Progress
 
 
@@ -168,7 +169,8 @@ def _train(
         longest = max(started, key=lambda begun: begun[0].config.num_steps - int(begun[1].step))[0]
         trainings = []
         for run, state, checkpoints in started:
-            claim_folder(run.folder, run_identity(run.config, store, options), store)
+            identity = run_identity(run.config, store, options)
+            claim_folder(run.folder, identity, store, run.config.start)
             jsonl = JsonLinesTracker(run.folder / "metrics.jsonl", first_step=int(state.step))
             trackers = [jsonl, *make_trackers(run.folder)]
             told = progress if run is longest else None
@@ -201,6 +203,8 @@ def _started(
             state = checkpoints.restore(jax.eval_shape(make))
         else:
             state = make(**statistics(run.config.without_seeds())._asdict())
+            if run.config.start is not None:
+                state = begin_with(state, load(run.config.start.crosscoder), run.config.start)
         started.append((run, state, checkpoints))
     return started
 

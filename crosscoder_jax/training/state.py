@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import typing
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from crosscoder_jax.crosscoder import Crosscoder
 from crosscoder_jax.sharding import Shardings
@@ -17,6 +18,13 @@ from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.laws import RunningMean
 from crosscoder_jax.training.optimizer import make_optimizer
 from crosscoder_jax.typing import Threshold
+
+
+class Held(NamedTuple):
+    """The weights of a warm start that stay as they are: those of these latents in these sources."""
+
+    latents: Bool[Array, "latent"]
+    width: Bool[Array, "width"]
 
 
 # JAX rebuilds the state with leaves that are no arrays (shapes, shardings, NumPy arrays), which
@@ -41,6 +49,8 @@ class TrainState:
     """Tokens seen since each latent last fired in a training batch."""
     key: Key[Array, ""]
     """Randomness for steps that need any."""
+    held: Held | None
+    """Of a frozen warm start; else ``None``."""
     graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
     """Structure of the crosscoder."""
 
@@ -112,5 +122,10 @@ def _make_state(
         running_threshold=RunningMean(*(jnp.zeros_like(crosscoder.threshold[...]) for _ in range(2))),
         tokens_since_fired=jnp.zeros_like(crosscoder.b_enc[...], dtype=jnp.int32),
         key=step_key,
+        held=_nothing_held(crosscoder) if config.start is not None and config.start.is_frozen else None,
         graphdef=graphdef,
     )
+
+
+def _nothing_held(crosscoder: Crosscoder) -> Held:
+    return Held(*(jnp.zeros_like(one[...], dtype=bool) for one in (crosscoder.b_enc, crosscoder.b_dec)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -65,7 +66,7 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
         return _objective(crosscoder, normalized, state, config)
 
     (loss, forward), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    grads = _constrained(state, grads)
+    grads = _constrained(state, grads, config.frozen)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params = _with_tied_norms(jax.tree.map(jnp.add, state.params, updates), state)
     next_state = dataclasses.replace(
@@ -122,10 +123,29 @@ def _objective(
     return jax.tree.reduce(jnp.add, parts), jax.lax.stop_gradient(forward)
 
 
-def _constrained(state: TrainState, grads: nnx.State) -> nnx.State:
-    """Return the part of a gradient along which the groups let the weights move."""
+def _constrained(state: TrainState, grads: nnx.State, frozen: Sequence[str]) -> nnx.State:
+    """Return the part of a gradient along which groups, a warm start and the recipe let the weights move.
+
+    Adam moves nothing whose gradient was always zero.
+    """
     crosscoder = nnx.merge(state.graphdef, grads, state.fixed)
     crosscoder.constrain()
+    for name in frozen:
+        variable = getattr(crosscoder, name)
+        variable[...] = jnp.zeros_like(variable[...])
+    if state.held is not None:
+        latents, width = state.held
+        masks = {
+            "w_enc": width[:, None] & latents,
+            "b_enc": latents,
+            "w_dec": latents[:, None] & width,
+            "b_dec": width,
+        }
+        if crosscoder.latent_threshold is not None:
+            masks["latent_threshold"] = latents
+        for name, mask in masks.items():
+            variable = getattr(crosscoder, name)
+            variable[...] = jnp.where(mask, jnp.zeros_like(variable[...]), variable[...])
     return nnx.state(crosscoder, nnx.Param)
 
 
