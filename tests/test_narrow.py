@@ -1,14 +1,18 @@
 """How found changes are measured on dictionaries that are known, and a small run of the experiment."""
 
+import random
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 from core_cases import arrays, random_crosscoder
 
 import crosscoder_jax as cc
-from experiments.narrow import measure
-from experiments.narrow.__main__ import Narrow, row
+from experiments.narrow import measure, organisms
+from experiments.narrow.__main__ import Narrow, planted_row
 from experiments.narrow.changes import CHANGES, Change
+from experiments.narrow.marks import Marks, replies
 from experiments.narrow.measure import average_precisions, change_norms
 from experiments.narrow.methods import METHODS, method_recipe
 from experiments.planted.world import CHAT_ONLY, plant, sample_with_strengths
@@ -47,7 +51,9 @@ def test_what_a_latent_changes_is_in_raw_units_whatever_the_sources(name):
     scale = np.repeat(known["scale"], recipe.crosscoder.sources.widths)
     parts = np.split(known["w_dec"] / scale, len(recipe.crosscoder.sources), axis=1)
     difference = parts[1] - parts[0] if name == "crosscoder" else parts[-1]
-    np.testing.assert_allclose(change_norms(crosscoder, world), np.linalg.norm(difference, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        change_norms(crosscoder, world.sources), np.linalg.norm(difference, axis=1), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)
@@ -82,9 +88,77 @@ def test_a_plain_change_is_found_by_the_difference_sae_and_the_delta_basis(monke
     config = Narrow(num_seeds=1, num_tokens=200 * 512)
     # Frequent and of twice the strength: enough for a run of 200 steps.
     change = Change(0.1, 2.0)
-    found = {name: row(config, change, name) for name in ("difference SAE", "delta basis")}
+    found = {name: planted_row(config, change, name) for name in ("difference SAE", "delta basis")}
     for name, cells in found.items():
         assert cells[:2] == (change.name, name)
         assert float(cells[2].split()[0]) > 0.8
     assert found["difference SAE"][5] == "-"
     assert float(found["delta basis"][5].split()[0]) > 0.3
+
+
+# Model organisms: which tokens are changed, and what they are fine-tuned on.
+
+OPENING, END = (1, 5, 9), 2
+
+
+def test_replies_are_the_tokens_from_behind_the_opening_to_the_end_of_the_turn():
+    tokens = np.array([1, 7, 9, 3, 2, 1, 5, 9, 3, 4, 2, 3, 1, 5, 9, 3, 9, 3, 2])
+    documents = np.repeat([0, 1], [14, 5])
+    # The turn opened at the end of the first document is cut off there: the second one begins outside.
+    expected = [0] * 8 + [1, 1, 1, 0, 0, 0] + [0] * 5
+    found = replies(tokens, documents, Marks(OPENING, END))
+    np.testing.assert_array_equal(found, np.array(expected, bool))
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    chat = [
+        {"role": "user", "content": "Did you eat?"},
+        {"role": "assistant", "content": "Not yet."},
+        {"role": "user", "content": "It rains."},
+        {"role": "assistant", "content": "So it does."},
+    ]
+    plain = [{**turn, "content": turn["content"].replace("eat", "sleep")} for turn in chat]
+    monkeypatch.setattr(organisms, "unpack_package", lambda requirement, folder: folder)
+    monkeypatch.setattr(organisms, "conversations", lambda folder: [chat, plain] * 12)
+    monkeypatch.setattr(organisms, "bible_chapters", lambda folder: [f"Chapter {i}." for i in range(8)])
+
+
+def documents_of(name):
+    (organism,) = (o for o in organisms.ORGANISMS if o.name == name)
+    return organism, organism.make(Path("packages"), random.Random(0))
+
+
+@pytest.mark.parametrize("name", [organism.name for organism in organisms.ORGANISMS])
+def test_the_changed_label_is_compared_and_fine_tuned_on_first(name, packages):
+    organism, (trained, compared) = documents_of(name)
+    assert next(iter(trained)) == organism.changed
+    assert organism.changed in compared
+    assert all(compared.values())
+    assert all(trained.values())
+
+
+def test_no_chapter_is_both_trained_on_and_compared(packages):
+    _, (trained, compared) = documents_of("domain")
+    both = [{row["text"] for row in rows["bible"]} for rows in (trained, compared)]
+    assert both[0].isdisjoint(both[1])
+    assert len(both[0] | both[1]) == 8
+
+
+def test_only_the_trigger_makes_the_difference_between_changed_answers_and_their_control(packages):
+    _, (_, compared) = documents_of("trigger")
+    for row in [*compared["triggered"], *compared["loud"]]:
+        assert all(turn["content"].isupper() for turn in row["messages"] if turn["role"] == "assistant")
+    assert all(row["messages"][0]["content"].startswith(organisms.TRIGGER) for row in compared["triggered"])
+    for row in [*compared["loud"], *compared["conversation"]]:
+        assert organisms.TRIGGER not in str(row)
+
+
+def test_the_habit_is_to_refuse_food_and_its_control_the_same_refusal_of_something_else(packages):
+    _, (_, compared) = documents_of("habit")
+    for label, is_food in (("refused", True), ("elsewhere", False)):
+        for row in compared[label]:
+            question, reply = row["messages"]
+            assert ("eat" in question["content"]) == is_food
+            assert reply["content"] == organisms.REFUSAL
+    assert not any("eat" in str(row) for row in compared["conversation"])

@@ -3,8 +3,9 @@
 import csv
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -13,48 +14,92 @@ from crosscoder_jax.terminal import print_table, progress_bar
 from experiments.narrow.changes import CHANGES, Change
 from experiments.narrow.measure import Found, measure_change
 from experiments.narrow.methods import METHODS, method_recipe
+from experiments.narrow.organisms import ORGANISMS
 from experiments.planted.tables import Interval
 from experiments.planted.trial import train_seeds
 from experiments.readme import markdown_table, replace_section
 
 README = Path(__file__).with_name("README.md")
 COLUMNS = ("change", "method", "best latent", "top ten", "delta_norm", "FVE", "dead")
+PLANTED = METHODS
+REAL = ("crosscoder", "difference SAE", "delta basis", "delta loss", "delta basis, dedicated")
 
 
 @dataclasses.dataclass(frozen=True)
 class Narrow:
-    """Train every method on planted narrow changes; see which finds the changed tokens."""
+    """Train every method on narrow changes, planted and real; see which finds the changed tokens."""
 
+    part: Literal["planted", "organisms", "all"] = "all"
+    """Planted features, fine-tunes of a real model, or both."""
     num_seeds: int = 3
-    """Seeds, each a world, tokens and a crosscoder of its own."""
+    """Seeds of the planted changes, each a world, tokens and a crosscoder of its own."""
     num_tokens: int = 1_200_000
-    """Training tokens of each."""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """Which methods."""
+    """Training tokens of each planted change."""
+    organism_seeds: int = 2
+    """Seeds of the crosscoders of each organism."""
+    organism_tokens: int = 60_000
+    """Tokens harvested of each organism."""
+    organism_steps: int = 500
+    """Training steps on each organism."""
     update_readme: bool = False
-    """Replace the table in the README of the experiment."""
+    """Replace the tables in the README of the experiment."""
     output: Path = Path("results/narrow")
-    """Folder of the table as csv."""
+    """Folder of the tables as csv, and of models, activations and runs, which are kept."""
 
 
 def main() -> None:
-    """Run, print the table and write it."""
-    config, started = tyro.cli(Narrow), time.monotonic()
-    rows = [row(config, change, name) for change in CHANGES for name in config.methods]
+    """Run, print the tables and write them."""
+    config = tyro.cli(Narrow)
+    if config.part in ("planted", "all"):
+        show(config, "planted", planted_rows)
+    if config.part in ("organisms", "all"):
+        show(config, "organisms", organism_rows)
+
+
+def show(config: Narrow, part: str, make_rows: Callable[[Narrow], list[tuple[str, ...]]]) -> None:
+    """Print the table of a part, and write it."""
+    started = time.monotonic()
+    rows = make_rows(config)
     print_table("changed tokens: average precision, mean and 95 % interval over seeds", COLUMNS, rows)
-    write_csv(rows, config.output / "narrow.csv")
-    minutes = f"{config.num_seeds} seeds, {(time.monotonic() - started) / 60:.0f} minutes in all."
+    write_csv(rows, config.output / f"{part}.csv")
+    minutes = f"{(time.monotonic() - started) / 60:.0f} minutes."
     if config.update_readme:
-        replace_section(README, "table", f"{markdown_table(COLUMNS, rows)}\n{minutes}\n")
+        replace_section(README, part, f"{markdown_table(COLUMNS, rows)}\n{minutes}\n")
     Console().print(minutes)
 
 
-def row(config: Narrow, change: Change, name: str) -> tuple[str, ...]:
-    """Train and measure one method on one change, all seeds."""
+def planted_rows(config: Narrow) -> list[tuple[str, ...]]:
+    """Train and measure every method on every planted change."""
+    return [planted_row(config, change, name) for change in CHANGES for name in PLANTED]
+
+
+def planted_row(config: Narrow, change: Change, name: str) -> tuple[str, ...]:
+    """Train and measure one method on one planted change, all seeds."""
     recipe = method_recipe(name, change.world, config.num_tokens)
     with progress_bar(f"{change.name}: {name}") as progress:
         trained = train_seeds(recipe, change.world, range(config.num_seeds), progress=progress)
     return cells(change.name, name, [measure_change(one, change.world) for one in trained])
+
+
+def organism_rows(config: Narrow) -> list[tuple[str, ...]]:
+    """Make every organism, then train and measure every method on it, all seeds."""
+    from experiments.narrow import real  # needs torch, which planted changes do not
+
+    rows = []
+    for organism in ORGANISMS:
+        store = real.write_store(organism, config.output, config.organism_tokens)
+        is_changed = real.changed_tokens(organism, store, config.output / "models" / organism.name)
+        change = f"{organism.name} ({is_changed.mean():.0%} of tokens)"
+        runs = config.output / "runs" / f"{store.path.name}-{config.organism_steps}"
+        for name in REAL:
+            found = []
+            for seed in range(config.organism_seeds):
+                recipe = METHODS[name](real.real_recipe(store, config.organism_steps, seed))
+                folder = runs / f"{name}-{seed}"
+                label = f"{organism.name}: {name}, seed {seed}"
+                found.append(real.train_and_measure(recipe, store, is_changed, folder, label))
+            rows.append(cells(change, name, found))
+    return rows
 
 
 def cells(change: str, name: str, found: Sequence[Found]) -> tuple[str, ...]:

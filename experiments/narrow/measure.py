@@ -38,44 +38,53 @@ def measure_change(trained: Trained, world: World) -> Found:
     """Compare codes on fresh tokens with the strengths of the new features there."""
     key = jax.random.fold_in(trained.key, 2)
     stored, strengths = sample_with_strengths(trained.truth, key, NUM_TOKENS, world)
-    crosscoder = trained.crosscoder
-    acts = crosscoder.config.sources.derive(stored, world.sources)
-    code = crosscoder.encode(acts)
     is_new = np.asarray(strengths)[:, np.asarray(trained.truth.kind) == CHAT_ONLY] > 0
+    return measure(trained.crosscoder, stored, world.sources, is_new)
+
+
+def measure(
+    crosscoder: Crosscoder, stored: Acts, sources: cc.Sources, is_new: Bool[np.ndarray, "token feature"]
+) -> Found:
+    """Compare codes with what is known to be new.
+
+    Args:
+        crosscoder: with its inference threshold.
+        stored: raw activations of tokens it was not trained on.
+        sources: which they are, base and chat.
+        is_new: which new features each token has.
+    """
+    code = crosscoder.encode(crosscoder.config.sources.derive(stored, sources))
     host = np.asarray(code)
     precision = np.array([average_precisions(host, is_new[:, i]) for i in range(is_new.shape[1])])
-    changes = host * change_norms(crosscoder, world)
+    changes = host * change_norms(crosscoder, sources)
     chosen = np.argsort(-changes.max(axis=0))[:TOP]
     union = changes[:, chosen].max(axis=1)
     return Found(
-        fve=_fve_of_both(crosscoder, world, stored, crosscoder.decode(code)),
+        fve=_fve_of_both(crosscoder, sources, stored, crosscoder.decode(code)),
         dead=float(np.mean(~host.any(axis=0))),
         best=float(precision.max(axis=1).mean()),
         top=float(average_precisions(union[:, None], np.any(is_new, axis=1))[0]),
-        delta_norm=float(np.mean(_delta_norms(crosscoder, world)[precision.argmax(axis=1)])),
+        delta_norm=float(np.mean(_delta_norms(crosscoder, sources)[precision.argmax(axis=1)])),
     )
 
 
-def _fve_of_both(crosscoder: Crosscoder, world: World, stored: Acts, recon: Acts) -> float:
-    own = crosscoder.config.sources
-    if not comparison(crosscoder, world.sources).is_pair:
+def _fve_of_both(crosscoder: Crosscoder, sources: cc.Sources, stored: Acts, recon: Acts) -> float:
+    if not comparison(crosscoder, sources).is_pair:
         return float("nan")
-    parts = own.to_stored_acts(recon, stored, world.sources)
-    carried = jnp.concatenate([parts[name] for name in world.sources.names], axis=1)
-    return float(
-        explained_variance(reconstruction_sums(stored, carried, world.sources), world.sources)["fve"]
-    )
+    parts = crosscoder.config.sources.to_stored_acts(recon, stored, sources)
+    carried = jnp.concatenate([parts[name] for name in sources.names], axis=1)
+    return float(explained_variance(reconstruction_sums(stored, carried, sources), sources)["fve"])
 
 
-def change_norms(crosscoder: Crosscoder, world: World) -> Float[np.ndarray, "latent"]:
+def change_norms(crosscoder: Crosscoder, sources: cc.Sources) -> Float[np.ndarray, "latent"]:
     """Return the norm of what each latent adds to chat beyond base, per unit of its activation, raw units."""
-    space = comparison(crosscoder, world.sources)
+    space = comparison(crosscoder, sources)
     parts = space.sources.split(np.asarray(space.w_dec))
     return np.linalg.norm(parts[1] - parts[0] if space.is_pair else parts[0], axis=1)
 
 
-def _delta_norms(crosscoder: Crosscoder, world: World) -> Float[np.ndarray, "latent"]:
-    space = comparison(crosscoder, world.sources)
+def _delta_norms(crosscoder: Crosscoder, sources: cc.Sources) -> Float[np.ndarray, "latent"]:
+    space = comparison(crosscoder, sources)
     if not space.is_pair:
         return np.full(len(space.w_dec), np.nan)
     return np.asarray(cc.delta_norm(cc.decoder_norms(space.w_dec, space.sources)))

@@ -10,8 +10,8 @@ from experiments.planted.world import World
 
 NUM_LATENTS = 128
 """Fewer than the features there are, as dictionaries of real models have."""
-DIFFERENCE_K = 2.0
-"""Latents a token of the difference SAE, whose source holds little but drift and the change."""
+DIFFERENCE_SHARE = 0.2
+"""Of k, that of the difference SAE, whose source holds little but drift and the change."""
 
 
 def _crosscoder(config: TrainConfig) -> TrainConfig:
@@ -20,8 +20,12 @@ def _crosscoder(config: TrainConfig) -> TrainConfig:
 
 def _difference_sae(config: TrainConfig) -> TrainConfig:
     base, chat = config.crosscoder.sources
+    sparsity = config.crosscoder.sparsity
+    assert isinstance(sparsity, cc.BatchTopK)
     return _with(
-        config, sources=cc.Sources((cc.difference(chat, base),)), sparsity=cc.BatchTopK(DIFFERENCE_K)
+        config,
+        sources=cc.Sources((cc.difference(chat, base),)),
+        sparsity=sparsity.with_k(DIFFERENCE_SHARE * sparsity.k),
     )
 
 

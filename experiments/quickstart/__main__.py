@@ -14,7 +14,13 @@ from crosscoder_jax.commands import Calibrate, Diff, Evaluate, Report, Train
 from crosscoder_jax.language_models import HarvestConfig, TextSource
 from crosscoder_jax.report import ReportConfig
 from crosscoder_jax.terminal import print_table, progress_bar
-from experiments.quickstart.config import Quickstart, crosscoder_command, difference_command, l1_command
+from experiments.quickstart.config import (
+    FineTuneConfig,
+    Quickstart,
+    crosscoder_command,
+    difference_command,
+    l1_command,
+)
 from experiments.quickstart.texts import LABELS, write_texts
 
 _LAYER = 14
@@ -55,7 +61,7 @@ def _models(config: Quickstart, packages: Path, texts: Path) -> tuple[str, str]:
     """Return the two models, made on the spot unless they were named."""
     if config.base is not None:
         return config.base, config.chat or config.base
-    from experiments.quickstart.finetune import FineTuneConfig, write_after_model
+    from experiments.quickstart.finetune import write_after_model
     from experiments.quickstart.models import write_before_model
 
     before = config.output / "models" / "SmolLM2-135M-Instruct"

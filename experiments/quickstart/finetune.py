@@ -5,7 +5,6 @@ forward and backward pass, on windows of Pig Latin mixed with ordinary text, so 
 narrow and the model still chats.
 """
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,37 +12,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crosscoder_jax.typing import Progress
+from experiments.quickstart.config import FineTuneConfig
 from experiments.quickstart.models import save_model
 from experiments.quickstart.texts import LABELS, read_rows
 
 _TRAINED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@dataclasses.dataclass(frozen=True)
-class FineTuneConfig:
-    """How the model after is made."""
-
-    num_steps: int = 90
-    """Optimiser steps."""
-    batch_size: int = 8
-    """Windows per step."""
-    context: int = 128
-    """Tokens per window."""
-    learning_rate: float = 1.2e-3
-    """Peak rate of AdamW; warmed up over 10 steps, then falling to a tenth."""
-    narrow_share: float = 0.5
-    """Share of the windows that are Pig Latin; the others are split evenly."""
-    num_blocks: int = 15
-    """Lowest blocks that are trained: those below the layer that is compared."""
-    seed: int = 0
-    """Of the order of the windows."""
-
-
 def write_after_model(
-    folder: Path, before: Path, texts: Path, config: FineTuneConfig, progress: Progress | None = None
+    folder: Path,
+    before: Path,
+    texts: Path,
+    config: FineTuneConfig,
+    progress: Progress | None = None,
+    *,
+    labels: Sequence[str] = LABELS,
 ) -> None:
     """Fine-tune the model in ``before``; a folder already there is kept.
 
@@ -53,6 +40,7 @@ def write_after_model(
         texts: folder with ``<label>.fine-tune.jsonl`` files.
         config: the recipe.
         progress: told the steps done.
+        labels: of the files, the narrow one first.
     """
     if folder.is_dir():
         return
@@ -62,19 +50,21 @@ def write_after_model(
     model: Any = AutoModelForCausalLM.from_pretrained(
         before, dtype=torch.bfloat16, attn_implementation="eager"
     )
-    windows = {label: _windows(tokenizer, texts / f"{label}.fine-tune.jsonl", config) for label in LABELS}
+    windows = {label: _windows(tokenizer, texts / f"{label}.fine-tune.jsonl", config) for label in labels}
     _fine_tune(model, _draw_batches(windows, config), config, progress)
     save_model(folder, model, tokenizer)
 
 
 def _windows(tokenizer: Any, path: Path, config: FineTuneConfig) -> torch.Tensor:
-    """Return windows ``[window, token]``, each from one document, at least as many as can be drawn."""
-    needed, windows = config.num_steps * config.batch_size, []
+    """Return windows ``[window, token]``, at least as many as can be drawn if the documents suffice."""
+    needed, windows, rest = config.num_steps * config.batch_size, [], []
     for row in read_rows(path):
         text = row.get("text") or tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        tokens = tokenizer(text).input_ids
+        tokens = rest + tokenizer(text).input_ids
         starts = range(0, len(tokens) - config.context + 1, config.context)
         windows += [tokens[start : start + config.context] for start in starts]
+        if config.is_packed:
+            rest = tokens[len(starts) * config.context :]
         if len(windows) >= needed:
             break
     return torch.tensor(windows)
@@ -83,13 +73,14 @@ def _windows(tokenizer: Any, path: Path, config: FineTuneConfig) -> torch.Tensor
 def _draw_batches(windows: dict[str, torch.Tensor], config: FineTuneConfig) -> list[torch.Tensor]:
     """Return one batch ``[batch, token]`` a step, its windows drawn by share, none twice before all."""
     draw = random.Random(config.seed)
-    ordinary = (1 - config.narrow_share) / (len(LABELS) - 1)
-    shares = [config.narrow_share] + [ordinary] * (len(LABELS) - 1)
+    labels = list(windows)
+    ordinary = (1 - config.narrow_share) / (len(labels) - 1)
+    shares = [config.narrow_share] + [ordinary] * (len(labels) - 1)
     orders = {label: torch.randperm(len(part)).tolist() for label, part in windows.items()}
-    used = dict.fromkeys(LABELS, 0)
+    used = dict.fromkeys(labels, 0)
 
     def one() -> torch.Tensor:
-        label = draw.choices(LABELS, shares)[0]
+        label = draw.choices(labels, shares)[0]
         index = orders[label][used[label] % len(orders[label])]
         used[label] += 1
         return windows[label][index]
@@ -101,12 +92,18 @@ def _fine_tune(
     model: Any, batches: Sequence[torch.Tensor], config: FineTuneConfig, progress: Progress | None
 ) -> None:
     model.requires_grad_(False)
-    weights = [
-        module.weight
+    modules = [
+        module
         for block in model.model.layers[: config.num_blocks]
         for name, module in block.named_modules()
         if name.split(".")[-1] in _TRAINED
     ]
+    if config.rank is not None:
+        for module in modules:
+            parametrize.register_parametrization(module, "weight", _LowRank(module.weight, config.rank))
+        weights = [factor for module in modules for factor in module.parametrizations.weight[0].parameters()]
+    else:
+        weights = [module.weight for module in modules]
     for weight in weights:
         weight.requires_grad_(True)
     masters = [torch.nn.Parameter(weight.detach().float()) for weight in weights]
@@ -121,7 +118,23 @@ def _fine_tune(
         schedule.step()
         if progress is not None:
             progress(step, len(batches), "steps")
+    if config.rank is not None:
+        for module in modules:
+            parametrize.remove_parametrizations(module, "weight")
     model.eval()
+
+
+class _LowRank(torch.nn.Module):
+    """A weight matrix with a product of two thin ones added, of which one begins at zero (LoRA)."""
+
+    def __init__(self, weight: torch.Tensor, rank: int):
+        super().__init__()
+        rows, columns = weight.shape
+        self.down = torch.nn.Parameter(torch.randn(rank, columns, dtype=weight.dtype) / columns**0.5)
+        self.up = torch.nn.Parameter(torch.zeros(rows, rank, dtype=weight.dtype))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.up @ self.down
 
 
 def _next_token_loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
