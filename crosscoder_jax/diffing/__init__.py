@@ -28,6 +28,8 @@ from crosscoder_jax.diffing.latent_scaling import jackknife_groups as jackknife_
 from crosscoder_jax.diffing.latent_scaling import latent_scaling as latent_scaling
 from crosscoder_jax.diffing.latent_scaling import scaling_decoders as scaling_decoders
 from crosscoder_jax.diffing.latent_scaling import update_scaling as update_scaling
+from crosscoder_jax.diffing.trajectories import appearance as appearance
+from crosscoder_jax.diffing.trajectories import turning as turning
 from crosscoder_jax.diffing.verdicts import Verdict as Verdict
 from crosscoder_jax.diffing.verdicts import verdicts as verdicts
 from crosscoder_jax.lazy import lazy_members

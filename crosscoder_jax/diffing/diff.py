@@ -22,6 +22,7 @@ from crosscoder_jax.diffing.table import (
     norm_columns,
     scaling_columns,
     strongest_latents,
+    trajectory_columns,
 )
 from crosscoder_jax.diffing.verdicts import verdicts, why_not_confirmed
 from crosscoder_jax.sharding import place
@@ -66,6 +67,7 @@ def diff_run(
     host_norms, labels = np.asarray(norms, np.float64), store.manifest.labels
 
     columns = norm_columns(host_norms, space.sources) | group_columns(crosscoder.config.layout, host_norms)
+    columns |= trajectory_columns(host_norms, space.w_dec, space.sources)
     scaled: Columns = {}
     if delta is not None:
         classes = np.asarray(classify_latents(delta, config.cutoffs, is_dead=_dead(activity, crosscoder)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer
 
@@ -15,9 +16,11 @@ from crosscoder_jax.diffing.decoder_norms import LatentClass, class_labels
 from crosscoder_jax.diffing.evidence import Activity
 from crosscoder_jax.diffing.latent_scaling import LatentScaling
 from crosscoder_jax.diffing.snippets import Snippet
+from crosscoder_jax.diffing.trajectories import appearance, turning
 from crosscoder_jax.diffing.verdicts import Verdict
 from crosscoder_jax.groups import FREE, Layout
 from crosscoder_jax.sources import Sources
+from crosscoder_jax.typing import DecoderWeights
 
 Columns = dict[str, np.ndarray]
 
@@ -55,6 +58,23 @@ def group_columns(layout: Layout, norms: Float[np.ndarray, "source latent"]) -> 
     names = np.array(layout.names(), object)
     is_closed = (norms == 0).any(axis=0) & (norms > 0).any(axis=0) & (names != FREE)
     return {"group": names, "by_design": is_closed}
+
+
+def trajectory_columns(
+    norms: Float[np.ndarray, "source latent"], w_dec: DecoderWeights, sources: Sources
+) -> Columns:
+    """Return in which of several sources each latent appears first, and how it turns towards the last.
+
+    Of fewer than three sources there are no such columns; of sources of different widths nothing turns.
+    """
+    if len(sources) < 3:
+        return {}
+    first = np.asarray(appearance(jnp.asarray(norms)))
+    columns: Columns = {"appears_in": np.array(sources.names, object)[first]}
+    if len(set(sources.widths)) == 1:
+        cosines = np.asarray(turning(w_dec, sources), np.float64)
+        columns |= {f"turning_{name}": cosines[i] for i, name in enumerate(sources.names)}
+    return columns
 
 
 def class_columns(delta: Float[np.ndarray, "latent"], classes: Integer[np.ndarray, "latent"]) -> Columns:
