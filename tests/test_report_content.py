@@ -561,7 +561,7 @@ def test_the_recipe_tells_sources_and_groups_in_words():
         "reads": None,
         "writes": ["chat"],
     }
-    tied = {"type": "LatentGroup", "name": "tied", "share": 0.1, "is_tied": True, "cost": 0.2}
+    tied = {"type": "LatentGroup", "name": "tied", "share": 0.1, "is_tied": True, "cost": 0.2, "k": 3.0}
     config["train"]["crosscoder"]["groups"] = [group, tied]
     rows = {
         row.heading: row.values[0].text
@@ -571,8 +571,8 @@ def test_the_recipe_tells_sources_and_groups_in_words():
     }
     assert rows["Reads"] == "base, difference = chat \N{MINUS SIGN} 0.5 base"
     assert rows["Groups"] == (
-        "chat-dedicated: 15 %, writes chat only; tied: 10 %, one decoder for all, activity costs 0.2 times "
-        "as much"
+        "chat-dedicated: 15 %, writes chat only; tied: 10 %, one decoder for all, k 3 of its own, "
+        "activity costs 0.2 times as much"
     )
 
 

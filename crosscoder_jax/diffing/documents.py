@@ -91,13 +91,13 @@ def update_documents(
             computed has ``[room, latent]`` elements.
         shardings: layout of the mesh that is set.
     """
-    everywhere = None if shardings.code_bl is None else jax.P(None)
+    everywhere = None if shardings.per_batch_b is None else jax.P(None)
     documents, is_valid_everywhere = (reshard(x, everywhere) for x in (documents, is_valid))
     is_new = is_valid_everywhere & (documents != jnp.roll(documents, 1).at[0].set(_NONE))
     rank = jnp.cumsum(is_new) - 1
     number = jnp.sum(is_new)
     membership = (jnp.arange(room)[:, None] == rank) & is_valid_everywhere
-    if shardings.code_bl is not None:
+    if shardings.per_batch_b is not None:
         membership = jax.reshard(membership, jax.P(None, *shardings.per_batch_b))
     # where, not a product: a row that is not valid may hold anything, NaN included.
     fires = jnp.where(is_valid[:, None], code > 0, False)

@@ -77,13 +77,13 @@ def _boxes(middles: Float[np.ndarray, "place 2"], characters: int) -> Float[np.n
 
 
 def _is_within(boxes: Float[np.ndarray, "place 4"]) -> Bool[np.ndarray, "place"]:
-    return (boxes[:, :2] >= 0).all(axis=1) & (boxes[:, 2:] <= PLOT).all(axis=1)
+    return np.all(boxes[:, :2] >= 0, axis=1) & np.all(boxes[:, 2:] <= PLOT, axis=1)
 
 
 def _is_hiding(
     boxes: Float[np.ndarray, "place 4"], others: Float[np.ndarray, "box 4"]
 ) -> Bool[np.ndarray, "place"]:
     """Tell which boxes overlap any other."""
-    starts_before = (boxes[:, None, :2] < others[None, :, 2:]).all(axis=-1)
-    ends_after = (boxes[:, None, 2:] > others[None, :, :2]).all(axis=-1)
-    return (starts_before & ends_after).any(axis=1)
+    starts_before = np.all(boxes[:, None, :2] < others[None, :, 2:], axis=-1)
+    ends_after = np.all(boxes[:, None, 2:] > others[None, :, :2], axis=-1)
+    return np.any(starts_before & ends_after, axis=1)

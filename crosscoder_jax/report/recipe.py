@@ -121,6 +121,8 @@ def _group(group: Mapping[str, Any]) -> str:
     """Write a group: its share of the latents and its rules."""
     rules = [f"{verb} {' and '.join(group[verb])} only" for verb in ("reads", "writes") if group.get(verb)]
     rules += ["one decoder for all"] if group.get("is_tied") else []
+    rules += ["decoders of one length"] if group.get("is_norm_tied") else []
+    rules += [f"k {group['k']:g} of its own"] if group.get("k") is not None else []
     cost = group.get("cost", 1)
     rules += [f"activity costs {cost:g} times as much"] if cost != 1 else []
     return f"{group['name']}: {100 * group['share']:g} %, {', '.join(rules)}".removesuffix(", ")
