@@ -10,6 +10,7 @@ from flax import nnx
 
 from crosscoder_jax.activations import ActivationStore, StoredSource, StoreWriter
 from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig, Fixed
+from crosscoder_jax.diffing.latent_scaling import LatentScaling
 from crosscoder_jax.sharding import Shardings
 from crosscoder_jax.sources import Source, Sources
 
@@ -170,6 +171,25 @@ def write_store(path, acts, documents, labels, names=("base", "chat")):
         )
         writer.finish({}, VOCABULARY)
     return ActivationStore.open(path)
+
+
+def scaling_of(nu_error, nu_recon, has_evidence=None, reference=None, error=0.0):
+    """Well measured: every coefficient is 1 with an error of 0.1, over many tokens of many groups."""
+    count = len(nu_error)
+    return LatentScaling(
+        beta=np.ones((4, 2, count)),
+        se_beta=np.full((4, 2, count), 0.1),
+        nu_error=np.array(nu_error, float),
+        se_nu_error=np.full(count, error),
+        nu_recon=np.array(nu_recon, float),
+        se_nu_recon=np.full(count, error),
+        has_evidence=np.ones(count, bool) if has_evidence is None else np.array(has_evidence),
+        active_tokens=np.full(count, 100),
+        active_groups=np.full(count, 10),
+        reference=np.ones(count, int) if reference is None else np.array(reference),
+        num_tokens=1000,
+        num_groups=20,
+    )
 
 
 def two_model_columns():

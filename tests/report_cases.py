@@ -54,7 +54,8 @@ def make_run(
     """Write a run folder as training, evaluation and diffing leave it.
 
     Of the chat-only latents, every fourth is complete shrinkage, every sixth latent decoupling, and the last
-    has too little evidence; the others are confirmed.
+    has too little evidence; the others are confirmed, every fifth latent with an interval that crosses a
+    cut-off.
     """
     shutil.copytree(
         _made(num_latents, num_chat, num_base, sources, json.dumps(sparsity), seed, hostile), folder
@@ -92,6 +93,7 @@ def _made(
         "sources": list(sources),
         "num_latents": num_latents,
         "num_tokens": 30_211,
+        "num_documents": 120,
         "tokens_by_label": dict(zip(LABELS, (8_020, 13_100, 9_091), strict=True)),
         "measured_on": measured_on,
     }
@@ -193,6 +195,7 @@ def crosscoder_columns(rng: np.random.Generator, num_latents: int, num_chat: int
         "se_nu_recon": rng.uniform(0.01, 0.04, num_latents),
         "evidence": np.where(np.isnan(nu_error), "too little", "enough").astype(object),
         "verdict": verdict,
+        "is_beyond_interval": (verdict == "confirmed") & (np.arange(num_latents) % 5 > 0),
         "why_not": np.array(
             [
                 f"nu_error {x:.2f} is not below 0.2" if w and w != "confirmed" else ""
@@ -201,7 +204,8 @@ def crosscoder_columns(rng: np.random.Generator, num_latents: int, num_chat: int
             object,
         ),
     }
-    columns["frequency"][dead] = columns["active_tokens"][dead] = 0
+    for name in ("frequency", "active_tokens", "active_documents"):
+        columns[name][dead] = 0
     return columns
 
 
@@ -220,6 +224,7 @@ def activity_columns(rng: np.random.Generator, num_latents: int) -> dict:
         "latent": np.arange(num_latents),
         "frequency": frequency,
         "active_tokens": np.round(frequency * 30_211) + 25,
+        "active_documents": np.round(frequency * 120) + 1,
         "mean_activation": rng.uniform(1, 5, num_latents),
         "max_activation": rng.uniform(8, 30, num_latents),
         "energy": np.exp(rng.normal(0, 1, num_latents)),

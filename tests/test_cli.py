@@ -560,7 +560,7 @@ def test_a_diff_prints_and_saves_the_counts_of_the_null_run_beside_its_own(pair,
     assert own["null"]["confirmed_by_class"] == {"base-only": 21, "chat-only": 22}
     cli.main(["report", "--runs", str(pair / "real"), "--output", str(tmp_path / "report.html")])
     text = (tmp_path / "report.html").read_text()
-    assert "Null run before" in text
+    assert "Null run claimed" in text
     assert '<td class="n">31</td><td class="n">21</td>' in text
 
 

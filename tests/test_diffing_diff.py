@@ -42,6 +42,7 @@ def case(tmp_path_factory):
         "acts": acts[rows],
         "code": code[rows],
         "labels": labels[rows],
+        "documents": documents[rows],
         "w_dec": w_dec,
         "directions": directions,
         "view": view,
@@ -64,6 +65,8 @@ def test_classes_and_verdicts_of_the_planted_latents(case):
     np.testing.assert_allclose(columns["delta_norm"], [0.5, 0.5, 1, 1, 0, 1, 0, 0.5], atol=1e-6)
     np.testing.assert_allclose(columns["nu_error"][[0, 2, 3, 4, 5]], [1, 0, 0.6, 0, 0], atol=1e-5)
     np.testing.assert_allclose(columns["nu_recon"][[0, 2, 3, 4, 5, 6]], [1, 0, 0, 0, 1, 1], atol=1e-5)
+    # Exact ratios of 0, 0.6 and 1 are clear of 0.2 and 0.5; the shared and the dead have no verdict.
+    assert columns["is_beyond_interval"].tolist() == [False] * 2 + [True] * 5 + [False]
     assert columns["evidence"].tolist() == ["enough"] * 7 + ["too little"]
     assert columns["reference"].tolist() == ["chat", "chat", "chat", "chat", "base", "chat", "base", "chat"]
     np.testing.assert_allclose(columns["cosine"][:2], 1.0, atol=1e-6)
@@ -89,6 +92,8 @@ def test_numbers_equal_numpy(case):
     active = (code > 0).sum(0)
     np.testing.assert_array_equal(columns["active_tokens"], active)
     np.testing.assert_allclose(columns["frequency"], active / len(code))
+    documents = [len(set(case["documents"][column > 0].tolist())) for column in code.T]
+    assert columns["active_documents"].tolist() == documents
     with np.errstate(invalid="ignore"):
         np.testing.assert_allclose(columns["mean_activation"], code.sum(0) / active, rtol=1e-5)
         share = code[case["labels"] == 1].sum(0) / code.sum(0)
@@ -115,6 +120,7 @@ def test_summary_counts(case):
         "undetermined": 0,
     }
     assert summary["num_tokens"] == case["view"].num_tokens == sum(summary["tokens_by_label"].values())
+    assert summary["num_documents"] == len(set(case["documents"].tolist()))
     histogram = summary["delta_norm_histogram"]
     assert (len(histogram["edges"]), sum(histogram["counts"])) == (51, 7)  # the dead latent is left out
     assert (histogram["counts"][0], histogram["counts"][25], histogram["counts"][-1]) == (2, 2, 3)

@@ -25,6 +25,13 @@ def test_two_models_without_verdicts():
     assert strongest_latents(columns, LABELS, 4, 50).tolist() == [7, 1, 6, 2]
 
 
+def test_what_is_exclusive_by_design_comes_after_what_was_found():
+    columns = two_model_columns()
+    columns["by_design"] = np.isin(columns["latent"], [6, 7])
+    # Found: 2 is confirmed, 1 is not; by design: 6 is confirmed, 7 is not; then the rest as ever.
+    assert strongest_latents(columns, LABELS, 100, 50).tolist() == [2, 1, 6, 7, 3, 0, 5]
+
+
 def difference_columns(share_novel, energy, active):
     share = np.array(share_novel, float)
     return {

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from experiments.quickstart import packages, texts
-from experiments.quickstart.config import Quickstart, crosscoder_command, difference_command, l1_command
+from experiments.quickstart.config import (
+    Quickstart,
+    crosscoder_command,
+    difference_command,
+    l1_command,
+    runs_to_show,
+)
+from experiments.quickstart.table import COLUMNS, table_rows
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,44 @@ def test_other_settings_get_another_folder_and_an_l1_run_does_not():
     assert dataclasses.replace(config, tokens=1000).folder != config.folder
     assert dataclasses.replace(config, compare_l1=True, l1=0.5).folder == config.folder
     assert dataclasses.replace(config, output=Path("x")).folder.name == config.folder.name
+
+
+def test_an_l1_run_once_made_stays_in_the_report(tmp_path):
+    config = Quickstart(output=tmp_path)
+    made = [crosscoder_command(config), difference_command(config)]
+    both = tuple(command.output for command in made)
+    assert runs_to_show(config, made) == both
+    l1 = l1_command(config)
+    (l1.output / "diff").mkdir(parents=True)
+    assert runs_to_show(config, made) == both  # not diffed yet: there is nothing to show
+    (l1.output / "diff" / "summary.json").write_text("{}")
+    assert runs_to_show(config, made) == (*both, l1.output)
+    assert runs_to_show(config, [*made, l1]) == (*both, l1.output)  # once, not twice
+    # That of another penalty comes after the one asked for; one of other settings is in another folder.
+    other = l1_command(dataclasses.replace(config, l1=0.01))
+    (other.output / "diff").mkdir(parents=True)
+    (other.output / "diff" / "summary.json").write_text("{}")
+    assert runs_to_show(config, [*made, l1]) == (*both, l1.output, other.output)
+    assert runs_to_show(dataclasses.replace(config, seed=1), made) == both
+
+
+def test_the_table_tells_what_became_of_the_claims(tmp_path):
+    verdicts = {"confirmed": 3, "complete shrinkage": 2, "latent decoupling": 0}
+    verdicts |= {"shrinkage and decoupling": 4, "undetermined": 1}
+    summaries = {
+        "tested": {"claimed": 10, "verdicts": verdicts, "confirmed_beyond_interval": 2},
+        "untested": {"claimed": 10},
+        "difference": {},
+    }
+    for name, summary in summaries.items():
+        (tmp_path / name / "diff").mkdir(parents=True)
+        (tmp_path / name / "diff" / "summary.json").write_text(json.dumps(summary))
+        evaluation = {"fve": 0.5, "l0_inference_rule": 32.04, "dead": 0.001}
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(evaluation))
+    rows = table_rows([tmp_path / name for name in summaries])
+    assert [len(row) for row in rows] == [len(COLUMNS)] * 3
+    assert rows[0] == ("tested", "0.500", "32.0", "0.1 %", "10", "3", "2", "6", "1")
+    assert [row[4:] for row in rows[1:]] == [("10", *"----"), tuple("-----")]
 
 
 def test_a_model_after_needs_a_model_before():

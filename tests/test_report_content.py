@@ -9,19 +9,20 @@ pytest.importorskip("plotly", reason="the report draws with plotly: install the 
 
 from report_cases import make_run
 
-from crosscoder_jax.report import comparison, content, plots, wording
+from crosscoder_jax.report import comparison, content, plots, tables, wording
 from crosscoder_jax.report.cards import (
     CardLimits,
     build_card,
     build_snippet,
     card_groups,
-    choose_concentrated,
     top_tokens,
 )
+from crosscoder_jax.report.choice import choose_concentrated
 from crosscoder_jax.report.config import ReportConfig
 from crosscoder_jax.report.files import LatentTable, RunFiles, read_run
 from crosscoder_jax.report.numbers import Figure
-from crosscoder_jax.report.tables import class_row, method_rows
+from crosscoder_jax.report.recipe import recipe_rows
+from crosscoder_jax.report.tables import class_row, class_rows, latent_rows, method_rows
 
 TOKENS_BY_TEXT = [("novel", "8,020"), ("conversation", "13,100"), ("speeches", "9,091")]
 LIMITS = CardLimits(num_cards=4, tokens_before=2, tokens_after=1)
@@ -69,11 +70,17 @@ MIXED = crosscoder_of(
 
 def test_counts_by_class_and_verdict():
     assert MIXED.class_counts == {"base-only": 1, "shared": 2, "chat-only": 6, "other": 1, "dead": 1}
-    assert MIXED.claimed() == 7
-    assert MIXED.verdicts("confirmed") == 3
-    assert MIXED.verdicts("confirmed", "chat-only") == 2
+    found = MIXED.all_found()
     # An empty verdict on a claimed latent is a test that was not made; on a shared one it is nothing.
-    assert MIXED.verdicts("not tested") == 1
+    assert (found.claimed, found.confirmed, found.refuted, found.undetermined, found.untested) == (
+        7,
+        3,
+        2,
+        1,
+        1,
+    )
+    assert MIXED.found["chat-only"].confirmed == 2
+    assert found.beyond is None  # the table does not tell
     row = class_row(MIXED, "chat-only")
     assert row.claimed == sum(part.number for part in row.segments) == 6
     assert sum(part.percent for part in row.segments) == pytest.approx(100, abs=0.05)
@@ -93,11 +100,15 @@ def test_counts_of_a_null_run_stand_beside_those_of_the_run():
 
 
 def test_conclusion_with_claims():
-    assert wording.headline([MIXED]) == "3 of 7 claimed model-specific latents survive Latent Scaling."
+    assert wording.headline([MIXED]) == (
+        "Of 7 latents claimed for one model only, Latent Scaling confirms 3, refutes 2 as artefacts, leaves "
+        "1 "
+        "undetermined and did not test 1."
+    )
     assert wording.conclusion([MIXED]) == (
         "Of 11 latents, the decoder-norm histogram alone claims 6 as chat-only and 1 as base-only. "
-        "Latent Scaling confirms 3 of them; 1 looks like complete shrinkage, 1 looks like latent decoupling, "
-        "1 has too little evidence and 1 was not tested.",
+        "Latent Scaling confirms 3 of them; it refutes 2 (1 looks like complete shrinkage and 1 looks like "
+        "latent decoupling), 1 has too little evidence to tell and 1 was not tested.",
     )
 
 
@@ -110,40 +121,176 @@ def test_conclusion_without_claims_says_so():
     assert class_row(method, "chat-only").confirmed.text == "0"
 
 
+C, R, U = "confirmed", "latent decoupling", "undetermined"
+
+
 @pytest.mark.parametrize(
-    ("verdicts", "headline", "sentence"),
+    ("verdicts", "is_beyond", "headline", "sentence"),
     [
         (
-            ["confirmed"],
-            "The one claimed model-specific latent survives Latent Scaling.",
+            [C],
+            None,
+            "The one latent claimed for one model only is confirmed by Latent Scaling.",
             "Latent Scaling confirms it.",
         ),
         (
-            ["latent decoupling"],
-            "The one claimed model-specific latent does not survive Latent Scaling.",
-            "Latent Scaling confirms none of them; 1 looks like latent decoupling.",
+            [C],
+            [1],
+            "The one latent claimed for one model only is confirmed by Latent Scaling, beyond the 95 % "
+            "interval.",
+            "Latent Scaling confirms it.",
         ),
         (
-            ["confirmed"] * 2,
-            "2 of 2 claimed model-specific latents survive Latent Scaling.",
-            "confirms all 2.",
+            [C],
+            [0],
+            "The one latent claimed for one model only is confirmed by Latent Scaling, though not beyond the "
+            "95 % interval.",
+            "Latent Scaling confirms it.",
         ),
         (
-            ["shrinkage and decoupling"] * 2,
-            "None of 2 claimed model-specific latents survives Latent Scaling.",
-            "confirms none of them; 2 look like both.",
+            [R],
+            [1],
+            "The one latent claimed for one model only is refuted by Latent Scaling as an artefact.",
+            "Latent Scaling confirms none of them; it refutes 1 (1 looks like latent decoupling).",
+        ),
+        (
+            [U],
+            [0],
+            "The one latent claimed for one model only is undetermined: there is too little evidence to test "
+            "it.",
+            "Latent Scaling confirms none of them; 1 has too little evidence to tell.",
+        ),
+        (
+            [C, C],
+            [1, 1],
+            "Of 2 latents claimed for one model only, Latent Scaling confirms all 2 (all of them beyond the "
+            "95 % interval).",
+            "confirms all 2 (all of them beyond the 95 % interval).",
+        ),
+        (
+            [C, C, C, U],
+            [1, 0, 1, 0],
+            "Of 4 latents claimed for one model only, Latent Scaling confirms 3 (2 of them beyond the 95 % "
+            "interval) and leaves 1 undetermined.",
+            "confirms 3 of them (2 of them beyond the 95 % interval); 1 has too little evidence to tell.",
+        ),
+        (
+            [C, R, R, U],
+            [0, 1, 1, 0],
+            "Of 4 latents claimed for one model only, Latent Scaling confirms 1 (not beyond the 95 % "
+            "interval), refutes 2 as artefacts and leaves 1 undetermined.",
+            "it refutes 2 (2 look like latent decoupling) and 1 has too little evidence to tell.",
+        ),
+        (
+            [U] * 3,
+            None,
+            "Of 3 latents claimed for one model only, Latent Scaling confirms none and leaves 3 "
+            "undetermined.",
+            "confirms none of them; 3 have too little evidence to tell.",
+        ),
+        (
+            ["shrinkage and decoupling", U],
+            None,
+            "Of 2 latents claimed for one model only, Latent Scaling confirms none, refutes 1 as an artefact "
+            "and leaves 1 undetermined.",
+            "it refutes 1 (1 looks like both) and 1 has too little evidence",
         ),
         (
             ["", ""],
+            None,
             "Decoder norms claim 2 model-specific latents, none of them tested.",
             "was not run on them",
         ),
     ],
 )
-def test_wording_of_small_numbers(verdicts, headline, sentence):
-    method = crosscoder_of(["chat-only"] * len(verdicts), verdicts)
+def test_the_three_outcomes_are_told_apart(verdicts, is_beyond, headline, sentence):
+    more = {} if is_beyond is None else {"is_beyond_interval": is_beyond}
+    method = crosscoder_of(["chat-only"] * len(verdicts), verdicts, **more)
     assert wording.headline([method]) == headline
     assert sentence in wording.conclusion([method])[0]
+
+
+DESIGNED = crosscoder_of(
+    ["chat-only"] * 3 + ["base-only"] * 2 + ["shared"],
+    ["confirmed", "confirmed", "undetermined", "confirmed", "latent decoupling", ""],
+    by_design=[0, 1, 1, 0, 1, 0],
+    is_beyond_interval=[1, 1, 0, 0, 1, 0],
+    energy=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+)
+
+
+def test_what_is_exclusive_by_design_is_no_finding():
+    assert wording.headline([DESIGNED]) == (
+        "Of 2 latents claimed for one model only, Latent Scaling confirms all 2 (1 of them beyond the 95 % "
+        "interval)."
+    )
+    assert wording.conclusion([DESIGNED])[0].endswith(
+        "claims 1 as chat-only and 1 as base-only. Latent Scaling confirms all 2 (1 of them beyond the 95 % "
+        "interval). Not counted: 3 latents that are exclusive by design, because a group of the recipe "
+        "writes to "
+        "one model only; of these Latent Scaling confirms 1 (beyond the 95 % interval), refutes 1 as "
+        "an artefact and leaves 1 undetermined."
+    )
+    (row,) = method_rows([DESIGNED])
+    numbers = [f.text for f in (row.claimed, row.confirmed, row.refuted, row.undetermined)]
+    assert numbers == ["2", "2", "0", "0"]
+    assert row.confirmed.reason == "1 beyond the interval"
+    rows = [(row.latent_class, row.is_by_design, row.claimed) for row in class_rows([DESIGNED])]
+    assert rows == [
+        ("chat-only", False, 1),
+        ("base-only", False, 1),
+        ("chat-only", True, 2),
+        ("base-only", True, 1),
+    ]
+
+
+def test_only_designed_latents_are_no_claim():
+    method = crosscoder_of(["chat-only", "shared"], ["confirmed", ""], by_design=[1, 0])
+    assert wording.headline([method]) == "Decoder norms claim no latent for one model only."
+    assert "it Latent Scaling confirms 1." in wording.conclusion([method])[0]
+
+
+def test_designed_latents_have_cards_of_their_own():
+    chat, base, designed = card_groups(DESIGNED, LIMITS)
+    assert [card.latent for card in chat.cards] == [0]
+    assert [card.latent for card in base.cards] == [3]
+    assert [card.latent for card in designed.cards] == [1, 4, 2]  # the confirmed one, then by energy
+    assert "no finding" in designed.rule
+
+
+def test_designed_latents_of_a_null_run_are_not_counted_either():
+    null = {"counts": {"chat-only": 7}, "by_design": {"counts": {"chat-only": 5}}}
+    files = files_of({"latent_class": ["chat-only"], "verdict": ["confirmed"]}, summary={"null": null})
+    assert class_row(content.build_method(files, 0), "chat-only").null_claimed.text == "2"
+
+
+def test_the_table_of_latents_tells_verdict_class_and_documents():
+    found = latent_rows(DESIGNED)
+    # By verdict, those beyond their interval first, then by number.
+    assert [row.latent for row in found.rows] == [0, 1, 3, 4, 2]
+    assert [row.latent_class for row in found.rows][1:4] == [
+        "chat-only, by design",
+        "base-only",
+        "base-only, by design",
+    ]
+    assert found.rows[2].note == "by its estimate; its 95 % interval crosses a cut-off"
+    assert found.rows[0].note == ""
+
+
+def test_a_long_table_of_latents_says_how_many_there_are(monkeypatch):
+    monkeypatch.setattr(tables, "MAX_LATENT_ROWS", 2)
+    found = latent_rows(DESIGNED)
+    assert (found.number, len(found.rows)) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "total", "text"), [(12.0, 55, "12 of 55"), (12.0, None, "12"), (None, 55, "n/a")]
+)
+def test_a_card_counts_documents(number, total, text):
+    columns = {"latent_class": ["shared"]} | ({} if number is None else {"active_documents": [number]})
+    files = files_of(columns, summary={} if total is None else {"num_documents": total})
+    shown = dict(build_card(content.build_method(files, 0), 0, LIMITS).numbers)
+    assert shown["in documents"].text == text
 
 
 def reads(*entries) -> dict:
@@ -166,7 +313,9 @@ def test_difference_sae_counts_latents_on_one_text():
     assert method.concentrated == {"novel": 2, "chat": 0}
     assert wording.conclusion([method]) == (
         "Difference SAE: 4 latents explain 56.1 % of the variance of the difference between the models; "
-        "2 put more than 80 % of their activation on a single text (2 on novel).",
+        "2 put more than 80 % of their activation on a single text (2 on novel), not counting those that "
+        "fire on "
+        "fewer than 20 tokens.",
     )
     assert wording.headline([method]).startswith("No crosscoder")
     row = method_rows([method])[0]
@@ -186,7 +335,8 @@ def test_a_run_of_two_models_at_two_layers_is_no_difference():
     assert wording.conclusion([method]) == (
         "BatchTopK crosscoder of 4 sources: 2 latents explain 70.0 % of the variance of the 4 sources "
         "base.L10, base.L13, chat.L10 and chat.L13, and none is claimed for one model, because classes "
-        "compare two sources; 1 puts more than 80 % of its activation on a single text (1 on novel).",
+        "compare two sources; 1 puts more than 80 % of its activation on a single text (1 on novel), not "
+        "counting those that fire on fewer than 20 tokens.",
     )
     assert wording.headline([method]).startswith("No crosscoder of two models")
     row = method_rows([method])[0]
@@ -272,7 +422,7 @@ def test_intervals_know_how_many_groups_they_come_from(stated, half):
     assert (shown["nu_error"].text, shown["nu_recon"].text) == (f"0.05 ± {half:.2f}", f"0.20 ± {half:.2f}")
     candidates = plots.scatter_plot(method).figure.data[-1]
     assert candidates.error_y.array[0] == candidates.error_x.array[0] == pytest.approx(half, abs=5e-4)
-    assert f"0.05 ± {half:.2f}" in candidates.text[0]
+    assert f"0.05 ± {half:.2f}" in candidates.hovertext[0]
 
 
 def test_cards_show_confirmed_latents_first_then_energy():
@@ -284,18 +434,42 @@ def test_cards_show_confirmed_latents_first_then_energy():
     assert chat.cards[0].snippets == ()
 
 
-def test_a_card_tells_why_its_latent_is_not_confirmed():
-    reasons = {"why_not": ["", "nu_error 0.41 is not below 0.2", ""], "energy": [3.0, 2.0, 1.0]}
-    method = crosscoder_of(["chat-only"] * 2 + ["shared"], ["confirmed", "complete shrinkage", ""], **reasons)
-    assert [build_card(method, row, LIMITS).why_not for row in range(3)] == ["", reasons["why_not"][1], ""]
+def test_a_card_tells_what_its_verdict_rests_on():
+    reasons = [
+        "",
+        "",
+        "nu_error 0.41 is not below 0.2",
+        "nu_error 0.21 is not below 0.2",
+        "fires on 3 tokens",
+        "",
+    ]
+    method = crosscoder_of(
+        ["chat-only"] * 5 + ["shared"],
+        ["confirmed", "confirmed", "complete shrinkage", "complete shrinkage", "undetermined", ""],
+        why_not=reasons,
+        is_beyond_interval=[1, 0, 1, 0, 0, 0],
+    )
+    assert [build_card(method, row, LIMITS).note for row in range(6)] == [
+        "",
+        "by its estimate; its 95 % interval crosses a cut-off",
+        "refuted: nu_error 0.41 is not below 0.2",
+        "refuted: nu_error 0.21 is not below 0.2; its 95 % interval crosses the cut-off",
+        "neither confirmed nor refuted: fires on 3 tokens",
+        "",
+    ]
+
+
+def test_a_table_without_intervals_says_nothing_of_them():
+    method = crosscoder_of(["chat-only"] * 2, ["confirmed", "latent decoupling"], why_not=["", "why"])
+    assert [build_card(method, row, LIMITS).note for row in range(2)] == ["", "refuted: why"]
 
 
 def test_a_card_of_an_untested_claim_tells_why_nothing_was_tested():
     summary = {"latent_scaling": {"why_not": "the sources have different widths, (3, 5)"}}
     files = files_of({"latent_class": ["base-only", "shared"]}, summary=summary)
     method = content.build_method(files, 0)
-    assert build_card(method, 0, LIMITS).why_not == "the sources have different widths, (3, 5)"
-    assert build_card(method, 1, LIMITS).why_not == ""
+    assert build_card(method, 0, LIMITS).note == "the sources have different widths, (3, 5)"
+    assert build_card(method, 1, LIMITS).note == ""
 
 
 def test_cards_without_claims_show_what_leans_that_way():
@@ -350,13 +524,76 @@ def test_what_was_compared(tmp_path):
     assert (before.name, before.model, before.revision) == ("before", "SmolLM2-135M-Instruct", "12fd25f")
     assert (after.hook_point, after.width, after.revision) == ("blocks.15.resid_post", "576", "not recorded")
     assert [(t.label, t.tokens.text) for t in comparison.text_shares(method)] == TOKENS_BY_TEXT
-    rows = {row.heading: row.values[0].text for row in comparison.recipe_rows([method])}
-    assert rows["Sparsity"] == "BatchTopK, k 32, anneal_steps 0, is_k_whole no"
-    assert rows["Dead-latent loss"] == "AuxK, weight 0.03125, dead_after_tokens 10,000,000"
-    assert (rows["Steps"], rows["Seed"]) == ("1,200", "0")
-    assert "Sparsity penalty" not in rows  # no run has one
     tokens = {row.heading: row.values[0].text for row in comparison.token_rows([method])}
-    assert tokens == {"Held-out tokens analysed": "30,211", "Held-out share of documents": "20.0 %"}
+    assert tokens == {
+        "Held-out tokens analysed": "30,211",
+        "in documents": "120",
+        "Held-out share of documents": "20.0 %",
+    }
+
+
+def test_the_recipe_tells_none_from_not_recorded(tmp_path):
+    sparse, dense = (
+        read_run(make_run(tmp_path / name, sparsity={"type": name} | more))
+        for name, more in (("BatchTopK", {"k": 32.0}), ("ReLU", {}))
+    )
+    del dense.config["train"]["seed"], dense.config["split"]["seed"], dense.config["train"]["data_seed"]
+    rows = {
+        row.heading: tuple((value.text, value.reason) for value in row.values)
+        for row in recipe_rows([content.build_method(files, i) for i, files in enumerate((sparse, dense))])
+    }
+    assert rows["Sparsity"] == (("BatchTopK, k 32", ""), ("ReLU: every positive one", ""))
+    aux_k = "AuxK, weight 0.03125, for latents silent for 10,000,000 tokens"
+    assert rows["Dead-latent loss"] == ((aux_k, ""), ("none", ""))
+    assert rows["Sparsity penalty"] == (("none", ""), ("L1 (summed strength), weight 0.041", ""))
+    assert rows["Steps"][0] == ("1,200", "")
+    assert rows["Seed"] == (("0", ""), ("n/a", "not recorded in the run"))
+    # What no run uses is left out, be it recorded as none or not at all.
+    assert not {"Groups", "Resampling", "Null data", "Loss on the difference"} & set(rows)
+
+
+def test_the_recipe_tells_sources_and_groups_in_words():
+    config = reads("base", ("difference", [["chat", 1.0], ["base", -0.5]]))
+    group = {
+        "type": "LatentGroup",
+        "name": "chat-dedicated",
+        "share": 0.15,
+        "reads": None,
+        "writes": ["chat"],
+    }
+    tied = {"type": "LatentGroup", "name": "tied", "share": 0.1, "is_tied": True, "cost": 0.2, "k": 3.0}
+    config["train"]["crosscoder"]["groups"] = [group, tied]
+    rows = {
+        row.heading: row.values[0].text
+        for row in recipe_rows(
+            [content.build_method(files_of({"latent_class": ["shared"]}, config=config), 0)]
+        )
+    }
+    assert rows["Reads"] == "base, difference = chat \N{MINUS SIGN} 0.5 base"
+    assert rows["Groups"] == (
+        "chat-dedicated: 15 %, writes chat only; tied: 10 %, one decoder for all, k 3 of its own, "
+        "activity costs 0.2 times as much"
+    )
+
+
+def test_a_crosscoder_in_another_basis_is_named_by_what_it_reads():
+    config = reads("base", ("difference", [["chat", 1.0], ["base", -1.0]]))
+    assert content.method_name(config, content.Kind.PAIR) == "BatchTopK crosscoder on base and difference"
+    assert content.method_name(reads("base", "chat"), content.Kind.PAIR) == "BatchTopK crosscoder"
+
+
+@pytest.mark.parametrize(
+    ("model", "short"),
+    [
+        ("/data/models/a-long-name/", "a-long-name"),
+        ("./model", "model"),
+        ("C:\\models\\thing", "thing"),
+        ("org/name", "org/name"),
+        ("name", "name"),
+    ],
+)
+def test_models_are_named_without_their_folders(model, short):
+    assert comparison.short_model(model) == short
 
 
 def test_only_the_stored_sources_that_a_run_reads_are_listed():

@@ -10,7 +10,15 @@ import pyarrow.parquet as pq
 from report_cases import make_run
 
 from crosscoder_jax.activations.atomic import write_json_atomically
-from crosscoder_jax.report.files import LatentTable, find, read_latents, read_metrics, read_run, read_snippets
+from crosscoder_jax.report.files import (
+    LatentTable,
+    find,
+    is_recorded,
+    read_latents,
+    read_metrics,
+    read_run,
+    read_snippets,
+)
 
 
 def test_read_run_gives_every_part(tmp_path):
@@ -128,3 +136,8 @@ def test_find_prefers_the_value_nearest_the_top():
     assert find(content, "rate", "k") == 3
     assert find(content, "k", "rate") == 5
     assert find(content, "absent") is None
+
+
+def test_a_field_that_is_null_is_recorded():
+    content = {"train": {"l1": None, "entries": [{"name": "base"}]}}
+    assert [is_recorded(content, name) for name in ("l1", "name", "l0")] == [True, True, False]

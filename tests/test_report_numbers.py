@@ -44,12 +44,6 @@ def test_interval_is_written_with_its_half_width():
     assert unknown.reason
 
 
-@pytest.mark.parametrize(("groups", "quantile"), [(2, 12.706), (5, 2.776), (20, 2.093), (10**6, 1.960)])
-def test_half_an_interval_is_students_quantile(groups, quantile):
-    # The 97.5 % column of any table of Student's t, with one degree of freedom less than groups.
-    assert numbers.errors_in_half_interval(groups) == pytest.approx(quantile, abs=5e-4)
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("plotly", reason="the report draws with plotly: install the extra 'report'")
@@ -87,7 +88,9 @@ def test_hostile_text_stays_text_inside_the_figures(page):
     _, code = page.scripts[0]
     assert not set("<>&") & set(code)
     content = json.loads(code)
-    strings = [text for trace in content["scatter-0-chat-only"]["data"] for text in trace.get("text", [])]
+    strings = [
+        text for trace in content["scatter-0-chat-only"]["data"] for text in trace.get("hovertext", [])
+    ]
     assert any("&lt;/script&gt;" in text for text in strings)
     # Of markup, plotly sees only our own.
     assert all(part.split(">")[0] in ("b", "/b", "br") for text in strings for part in text.split("<")[1:])
@@ -128,7 +131,10 @@ def test_the_page_says_what_was_found_and_how_it_was_made(page, runs):
         "Written on 2026-11-21",
         fingerprint,
         "BatchTopK, k 32",
-        "not confirmed: nu_error 0.",
+        "refuted: nu_error 0.",
+        "neither confirmed nor refuted: ",
+        "its 95 % interval crosses a cut-off",
+        "Numbers on 120 held-out documents",
         "where one model is louder everywhere, shared latents gather on its side of 0.5",
     ):
         assert words in page.text
@@ -214,7 +220,14 @@ def test_a_null_run_beside_the_run_is_shown_and_explained(tmp_path, kind, senten
     other = make_run(tmp_path / "other", num_latents=60)
     config = ReportConfig(runs=(run, other))
     text = Page(write_report(config, tmp_path / "page.html").read_text(encoding="utf-8")).text
-    for words in ("Null run before", "Null run after", "1,234", "77", sentence, "diffed without a null run"):
+    for words in (
+        "Null run claimed",
+        "Null run confirmed",
+        "1,234",
+        "77",
+        sentence,
+        "diffed without a null run",
+    ):
         assert words in text
     without = Page(write_report(ReportConfig(runs=(other,)), tmp_path / "b.html").read_text(encoding="utf-8"))
     assert "Null run" not in without.text
@@ -276,18 +289,6 @@ def test_the_bounds_belong_to_their_class(value, name):
     assert figures.class_names(np.array([value]), Cutoffs()) == [name]
 
 
-def test_scatter_draws_95_percent_bars_and_the_confirmed_corner():
-    one = figures.ScatterPoints(np.array([0.1]), np.array([0.3]), np.array([0.05]), np.array([0.02]), ("x",))
-    none = figures.ScatterPoints(*[np.zeros(0)] * 4, hover=())
-    figure = figures.scatter({"confirmed": one}, none, none, Cutoffs())
-    trace = figure.data[-1]
-    assert (trace.x[0], trace.y[0]) == (0.3, 0.1)  # nu_recon across, nu_error up
-    bars = [trace.error_x.array[0], trace.error_y.array[0]]
-    assert bars == [0.02, 0.05]
-    corner = figure.layout.shapes[0]
-    assert (corner.x1, corner.y1) == (0.5, 0.2)
-
-
 def test_the_ground_holds_no_inverse_ratios(tmp_path):
     # Two shared latents of the same strengths: 0.8 in base for 1 in chat is nu 0.8 from the side of chat and
     # 1.25 from that of base. Only the first may stand beside chat-only candidates.
@@ -310,12 +311,41 @@ def test_the_ground_holds_no_inverse_ratios(tmp_path):
 def test_candidates_that_cannot_be_drawn_are_counted(tmp_path):
     method = build_method(read_run(make_run(tmp_path / "run")), 0)
     plot = plots.scatter_plot(method)
-    assert plot.note == "Not drawn: 1 candidate without a defined ratio (too little evidence)."
-    method.latents.columns["nu_error"][0] = 7.5
-    assert plots.scatter_plot(method).note.startswith(
-        "Not drawn: 1 candidate outside the frame and 1 candidate"
-    )
+    assert plot.note == "Not drawn: 1 candidate without a defined ratio."
     assert "12 chat-only candidates" in plot.description
+
+
+def test_candidates_outside_the_frame_are_named_with_their_ratios(tmp_path):
+    method = build_method(read_run(make_run(tmp_path / "run")), 0)
+    method.latents.columns["nu_error"][0] = 7.5
+    method.latents.columns["nu_recon"][0] = -0.25
+    assert plots.scatter_plot(method).note.startswith(
+        "Arrows point to what lies outside the frame: 0 (\u03bd_error 7.50, \u03bd_recon \u22120.25). Not "
+        "drawn: 1 "
+    )
+    method.latents.columns["nu_error"][:11] = 7.5  # of twelve, and the last has no ratio
+    assert " and 5 more." in plots.scatter_plot(method).note
+
+
+def test_candidates_by_design_are_not_drawn_as_findings(tmp_path):
+    method = build_method(read_run(make_run(tmp_path / "run")), 0)
+    method.latents.columns["by_design"] = np.arange(len(method.latents)) < 5.0
+    method = build_method(method.files, 0)
+    plot = plots.scatter_plot(method)
+    assert "7 chat-only candidates" in plot.description
+    assert plot.note.endswith("Not drawn: 5 exclusive by design.")
+    assert plots.histogram_plot(method).note.endswith("Exclusive by design: 5 chat-only.")
+
+
+def test_a_table_of_an_older_diff_is_named(tmp_path):
+    run = make_run(tmp_path / "run", num_latents=60)
+    table = pq.read_table(run / "diff" / "latents.parquet")
+    pq.write_table(table.drop(["is_beyond_interval", "active_documents"]), run / "diff" / "latents.parquet")
+    text = Page(write_report(ReportConfig(runs=(run,)), tmp_path).read_text(encoding="utf-8")).text
+    assert "has no column is_beyond_interval" in text
+    assert "has no column active_documents" in text
+    assert "beyond the 95 % interval" not in text
+    assert "crosses a cut-off" not in text.split("Confirmed is a rule")[0]
 
 
 def test_training_panels_share_methods_and_drop_what_was_not_logged(runs):

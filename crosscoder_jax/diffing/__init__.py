@@ -13,6 +13,10 @@ from crosscoder_jax.diffing.decoder_norms import classify_latents as classify_la
 from crosscoder_jax.diffing.decoder_norms import decoder_cosine as decoder_cosine
 from crosscoder_jax.diffing.decoder_norms import decoder_norms as decoder_norms
 from crosscoder_jax.diffing.decoder_norms import delta_norm as delta_norm
+from crosscoder_jax.diffing.documents import DocumentCounts as DocumentCounts
+from crosscoder_jax.diffing.documents import init_documents as init_documents
+from crosscoder_jax.diffing.documents import room_for_documents as room_for_documents
+from crosscoder_jax.diffing.documents import update_documents as update_documents
 from crosscoder_jax.diffing.evidence import ActivitySums as ActivitySums
 from crosscoder_jax.diffing.evidence import TopActivations as TopActivations
 from crosscoder_jax.diffing.evidence import finalize_activity as finalize_activity
@@ -37,6 +41,8 @@ from crosscoder_jax.lazy import lazy_members
 if TYPE_CHECKING:
     from crosscoder_jax.diffing.config import DiffConfig as DiffConfig
     from crosscoder_jax.diffing.diff import diff_run as diff_run
+    from crosscoder_jax.diffing.intervals import errors_in_half_interval as errors_in_half_interval
+    from crosscoder_jax.diffing.intervals import is_beyond_interval as is_beyond_interval
     from crosscoder_jax.diffing.matching import Matches as Matches
     from crosscoder_jax.diffing.matching import Recurrence as Recurrence
     from crosscoder_jax.diffing.matching import match_latents as match_latents
@@ -50,6 +56,8 @@ __getattr__, __dir__ = lazy_members(
     {
         "DiffConfig": "config",
         "diff_run": "diff",
+        "errors_in_half_interval": "intervals",
+        "is_beyond_interval": "intervals",
         "Matches": "matching",
         "Recurrence": "matching",
         "match_latents": "matching",

@@ -9,6 +9,7 @@ from crosscoder_jax.diffing.comparison import comparison
 from crosscoder_jax.diffing.config import DiffConfig
 from crosscoder_jax.diffing.decoder_norms import classify_latents, decoder_cosine, decoder_norms, delta_norm
 from crosscoder_jax.diffing.evidence import Activity, finalize_activity
+from crosscoder_jax.diffing.intervals import is_beyond_interval
 from crosscoder_jax.diffing.latent_scaling import LatentScaling, finalize_scaling
 from crosscoder_jax.diffing.peaks import find_snippets
 from crosscoder_jax.diffing.summary import diff_summary
@@ -76,10 +77,11 @@ def diff_run(
             scaling = finalize_scaling(sums.scaling, decoders, min_active_tokens=config.min_active_tokens)
             columns["cosine"] = np.asarray(decoder_cosine(space.w_dec, space.sources), np.float64)
             scaled = _scaling_columns(scaling, classes, space.sources, config)
-    columns |= activity_columns(activity, host_norms, labels) | scaled
+    active_documents = np.asarray(sums.documents.active)
+    columns |= activity_columns(activity, active_documents, host_norms, labels) | scaled
     selected = strongest_latents(columns, labels, config.num_snippet_latents, config.min_active_tokens)
     snippets = find_snippets(crosscoder, view, selected, config, progress)
-    return DiffResult(columns, diff_summary(columns, activity, sums.scaling, store, space, config), snippets)
+    return DiffResult(columns, diff_summary(columns, activity, sums, store, space, config), snippets)
 
 
 def _scaling_columns(
@@ -87,7 +89,8 @@ def _scaling_columns(
 ) -> Columns:
     found = verdicts(classes, scaling, **config.limits)
     reasons = why_not_confirmed(found, scaling, **config.limits, min_active_tokens=config.min_active_tokens)
-    return scaling_columns(scaling, found, reasons, sources)
+    is_beyond = is_beyond_interval(found, scaling, **config.limits)
+    return scaling_columns(scaling, found, reasons, is_beyond, sources)
 
 
 def _dead(activity: Activity, crosscoder: Crosscoder) -> Bool[Array, "latent"]:

@@ -97,6 +97,8 @@ class LatentScaling:
     reference: Int[np.ndarray, "latent"]
     """Index of the source whose decoder was the direction."""
     num_tokens: int
+    num_groups: int
+    """Groups of documents that hold any token: what the standard errors were estimated from."""
 
 
 def jackknife_groups(documents: Int[Array, "batch"], num_groups: int = NUM_GROUPS) -> Int[Array, "batch"]:
@@ -272,6 +274,7 @@ def finalize_scaling(
         active_groups=active_groups,
         reference=reference,
         num_tokens=round(tokens.sum()),
+        num_groups=int((tokens > 0).sum()),
     )
 
 

@@ -8,7 +8,7 @@ from crosscoder_jax.activations.atomic import read_json
 from crosscoder_jax.configs import config_differences
 from crosscoder_jax.training.runs import Run
 
-_COUNTED = ("counts", "claimed", "confirmed", "confirmed_by_class")
+_COUNTED = ("counts", "claimed", "confirmed", "confirmed_by_class", "by_design")
 _SEEDS = ("seed", "data_seed")
 
 

@@ -11,6 +11,12 @@ from crosscoder_jax.activations.view import TokenView
 from crosscoder_jax.crosscoder import Crosscoder
 from crosscoder_jax.diffing.comparison import Comparison
 from crosscoder_jax.diffing.config import DiffConfig
+from crosscoder_jax.diffing.documents import (
+    DocumentCounts,
+    init_documents,
+    room_for_documents,
+    update_documents,
+)
 from crosscoder_jax.diffing.evidence import ActivitySums, init_activity, update_activity
 from crosscoder_jax.diffing.latent_scaling import (
     ScalingDecoders,
@@ -32,6 +38,8 @@ class DiffSums:
 
     activity: ActivitySums
     """How often and how strongly each latent fires on each text."""
+    documents: DocumentCounts
+    """On how many documents each latent fires."""
     scaling: ScalingSums | None
     """Of Latent Scaling; ``None`` where it does not apply."""
 
@@ -76,8 +84,14 @@ def measure(
             shardings=shardings,
         )
     labels = view.store.manifest.labels
-    sums = DiffSums(init_activity(num_latents, max(1, len(labels)), shardings=shardings), scaling)
+    sums = DiffSums(
+        init_activity(num_latents, max(1, len(labels)), shardings=shardings),
+        init_documents(num_latents, shardings=shardings),
+        scaling,
+    )
+    room = 1
     for batch in read_pass(view, config, progress, earlier_passes=0):
+        room = room_for_documents(batch.documents[batch.is_valid], room)
         acts, documents, is_valid = placed_tokens(batch, shardings)
         sums = _update(
             sums,
@@ -89,12 +103,15 @@ def measure(
             is_valid,
             stored=view.store.sources,
             compared=space.sources,
+            room=room,
             is_stored_space=space.is_stored_space,
         )
     return sums, decoders
 
 
-@functools.partial(jax.jit, donate_argnames="sums", static_argnames=("stored", "compared", "is_stored_space"))
+@functools.partial(
+    jax.jit, donate_argnames="sums", static_argnames=("stored", "compared", "room", "is_stored_space")
+)
 def _update(
     sums: DiffSums,
     decoders: ScalingDecoders | None,
@@ -106,6 +123,7 @@ def _update(
     *,
     stored: Sources,
     compared: Sources,
+    room: int,
     is_stored_space: bool,
 ) -> DiffSums:
     own_acts = crosscoder.config.sources.read(stored_acts, stored)
@@ -123,4 +141,8 @@ def _update(
             sources=compared,
             shardings=shardings,
         )
-    return DiffSums(update_activity(sums.activity, code, labels, is_valid, shardings=shardings), scaling)
+    return DiffSums(
+        update_activity(sums.activity, code, labels, is_valid, shardings=shardings),
+        update_documents(sums.documents, code, documents, is_valid, room=room, shardings=shardings),
+        scaling,
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 
 from crosscoder_jax.activations.atomic import write_bytes_atomically, write_json_atomically
 from crosscoder_jax.diffing.closed_form import TARGETS
@@ -83,9 +83,12 @@ def class_columns(delta: Float[np.ndarray, "latent"], classes: Integer[np.ndarra
 
 
 def activity_columns(
-    activity: Activity, norms: Float[np.ndarray, "source latent"], labels: Sequence[str]
+    activity: Activity,
+    active_documents: Integer[np.ndarray, "latent"],
+    norms: Float[np.ndarray, "source latent"],
+    labels: Sequence[str],
 ) -> Columns:
-    """Return how each latent fires, its energy, and its share on each text.
+    """Return how each latent fires, on how many documents, its energy, and its share on each text.
 
     ``energy = sum f^2 ||d||^2 / tokens`` over all sources, in squared raw activation units: the mean
     square of what the latent writes.
@@ -94,6 +97,7 @@ def activity_columns(
     return {
         "frequency": activity.frequency,
         "active_tokens": activity.active_tokens,
+        "active_documents": active_documents,
         "mean_activation": activity.mean_activation,
         "max_activation": activity.max_activation,
         "energy": activity.mean_square * np.square(norms).sum(axis=0),
@@ -101,7 +105,11 @@ def activity_columns(
 
 
 def scaling_columns(
-    scaling: LatentScaling, verdicts: Sequence[Verdict], why_not: Sequence[str], sources: Sources
+    scaling: LatentScaling,
+    verdicts: Sequence[Verdict],
+    why_not: Sequence[str],
+    is_beyond: Bool[np.ndarray, "latent"],
+    sources: Sources,
 ) -> Columns:
     """Return the columns of Latent Scaling."""
     columns: Columns = {"reference": np.array(sources.names, object)[scaling.reference]}
@@ -116,6 +124,7 @@ def scaling_columns(
         "se_nu_recon": scaling.se_nu_recon,
         "evidence": np.where(scaling.has_evidence, "enough", "too little").astype(object),
         "verdict": np.array([str(verdict) for verdict in verdicts], object),
+        "is_beyond_interval": is_beyond,
         "why_not": np.array(why_not, object),
     }
 
@@ -154,9 +163,10 @@ def strongest_latents(
 ) -> np.ndarray:
     """Choose the latents whose text is worth reading, most telling first; dead ones never.
 
-    Of two models: those claimed for one of them, confirmed ones first, by energy; then those with
-    the most extreme ``delta_norm``. Of a difference: by energy, and every other one by how much more
-    of its activation lies on one text than on the latents' average.
+    Of two models: those claimed for one of them, confirmed ones first, by energy; then those that are
+    exclusive by design, likewise; then those with the most extreme ``delta_norm``. Of a difference: by
+    energy, and every other one by how much more of its activation lies on one text than on the latents'
+    average.
 
     Args:
         columns: of the table.
@@ -185,9 +195,10 @@ def _two_model_keys(columns: Mapping[str, np.ndarray], is_rare: np.ndarray) -> l
     is_claimed = np.isin(classes, [c.label for c in LatentClass if c.is_exclusive])
     verdict = columns.get("verdict", np.full(len(classes), "", object)).astype(str)
     is_confirmed = is_claimed & (verdict == str(Verdict.CONFIRMED))
+    is_designed = columns.get("by_design", np.zeros(len(classes), bool))
     extremity = np.abs(columns["delta_norm"] - 0.5)
     strength = np.where(is_claimed, columns["energy"], np.nan_to_num(extremity))
-    return [~is_claimed, ~is_confirmed, ~is_claimed & is_rare, -strength]
+    return [~is_claimed, is_designed, ~is_confirmed, ~is_claimed & is_rare, -strength]
 
 
 def _label_excess(columns: Mapping[str, np.ndarray], labels: Sequence[str]) -> np.ndarray:

@@ -35,6 +35,11 @@ class Verdict(enum.StrEnum):
     NONE = ""
     """The latent was not claimed for one model."""
 
+    @property
+    def is_artefact(self) -> bool:
+        """Whether the latent only looks exclusive, because of the loss."""
+        return self in (Verdict.SHRINKAGE, Verdict.DECOUPLING, Verdict.BOTH)
+
 
 def verdicts(
     classes: Int[Array, "latent"] | Int[np.ndarray, "latent"],

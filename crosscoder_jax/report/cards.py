@@ -1,4 +1,4 @@
-"""Which latents are worth a card, and what stands on it."""
+"""What stands on the cards of the latents that a reader should see."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,24 @@ from typing import Any
 
 import numpy as np
 
+from crosscoder_jax.report.choice import (
+    choose_concentrated,
+    choose_designed,
+    choose_exclusive,
+    choose_leaning,
+    choose_strongest,
+)
 from crosscoder_jax.report.content import Kind, Method
-from crosscoder_jax.report.names import BASE_ONLY, CHAT_ONLY, CONFIRMED, EXCLUSIVE_CLASSES, OTHER
-from crosscoder_jax.report.numbers import Figure, decimal, interval, share, significant
+from crosscoder_jax.report.names import (
+    BASE_ONLY,
+    CHAT_ONLY,
+    CONFIRMED,
+    EXCLUSIVE_CLASSES,
+    NOT_TESTED,
+    UNDETERMINED,
+)
+from crosscoder_jax.report.numbers import Figure, count, decimal, interval, share, significant
+from crosscoder_jax.report.outcomes import is_beyond, verdict_words
 from crosscoder_jax.report.text import quoted, visible
 from crosscoder_jax.report.wording import what_is_read
 
@@ -54,8 +69,8 @@ class Card:
 
     latent: int
     verdict: str
-    why_not: str
-    """Why a latent that decoder norms claim is not confirmed; empty for all others."""
+    note: str
+    """What a reader must know of the verdict on an exclusive latent; empty where there is nothing."""
     numbers: tuple[tuple[str, Figure], ...]
     shares: tuple[LabelShare, ...]
     top_tokens: tuple[str, ...]
@@ -86,47 +101,9 @@ def card_groups(method: Method, limits: CardLimits) -> tuple[CardGroup, ...]:
     """Choose the latents of a method that a reader should see and build their cards."""
     if not method.has_classes:
         return _unclassed_groups(method, limits)
-    return tuple(_direction_group(method, name, limits) for name in (CHAT_ONLY, BASE_ONLY))
-
-
-def choose_exclusive(method: Method, latent_class: str, number: int) -> np.ndarray:
-    """Choose rows of claimed latents: confirmed ones first, those with snippets before others, by energy."""
-    rows = np.flatnonzero(method.latents.words("latent_class") == latent_class)
-    is_confirmed = method.latents.words("verdict")[rows] == CONFIRMED
-    order = np.lexsort((-_energy(method)[rows], ~_has_snippets(method)[rows], ~is_confirmed))
-    return rows[order][:number]
-
-
-def choose_leaning(method: Method, latent_class: str, number: int) -> np.ndarray:
-    """Choose live rows nearest to a class that nothing reached, those with snippets before others."""
-    delta = method.latents.numbers("delta_norm")
-    is_live = method.latents.words("latent_class") == OTHER
-    is_chat = latent_class == CHAT_ONLY
-    is_side = delta > method.cutoffs.shared_max if is_chat else delta < method.cutoffs.shared_min
-    rows = np.flatnonzero(is_live & is_side)
-    extremity = -delta[rows] if is_chat else delta[rows]
-    return rows[np.lexsort((extremity, ~_has_snippets(method)[rows]))][:number]
-
-
-def choose_strongest(method: Method, number: int) -> np.ndarray:
-    """Choose rows by energy among those with snippets; by energy alone where no snippets were kept."""
-    order = np.argsort(-_energy(method), kind="stable")
-    has_snippets = _has_snippets(method)[order]
-    return order[has_snippets][:number] if has_snippets.any() else order[:number]
-
-
-def choose_concentrated(method: Method, number: int) -> np.ndarray:
-    """Choose rows with the greatest share of their activation on one text, beyond that text's usual share.
-
-    The usual share is the median over latents, so a text that makes up most of the corpus earns nothing.
-    """
-    labels = method.latents.suffixes("share_")
-    rows = choose_strongest(method, len(method.latents))
-    if len(labels) < 2 or not len(rows):
-        return rows[:0]
-    shares = np.stack([method.latents.numbers(f"share_{label}") for label in labels])
-    excess = np.max(np.nan_to_num(shares - np.nanmedian(shares, axis=1, keepdims=True)), axis=0)[rows]
-    return rows[np.argsort(-excess, kind="stable")][:number]
+    groups = [_direction_group(method, name, limits) for name in (CHAT_ONLY, BASE_ONLY)]
+    designed = _design_group(method, limits)
+    return (*groups, designed) if designed.cards else tuple(groups)
 
 
 def build_card(method: Method, row: int, limits: CardLimits) -> Card:
@@ -138,7 +115,7 @@ def build_card(method: Method, row: int, limits: CardLimits) -> Card:
     return Card(
         latent=latent,
         verdict=str(method.latents.words("verdict")[row]),
-        why_not=_why_not(method, row),
+        note=verdict_note(method, row),
         numbers=_numbers(method, row),
         shares=_shares(method, row),
         top_tokens=top_tokens(kept),
@@ -195,6 +172,18 @@ def _direction_group(method: Method, latent_class: str, limits: CardLimits) -> C
     return CardGroup(heading, rule, hue, tuple(build_card(method, row, limits) for row in rows.tolist()))
 
 
+def _design_group(method: Method, limits: CardLimits) -> CardGroup:
+    rows = choose_designed(method, limits.num_cards)
+    number = method.all_designed().claimed
+    return CardGroup(
+        f"{method.name}: latents that are exclusive by design",
+        f"{len(rows):,} of {number:,}: groups of the recipe let them write to one model only, so that alone "
+        "is no finding. Confirmed ones first, then by energy.",
+        "difference",
+        tuple(build_card(method, row, limits) for row in rows.tolist()),
+    )
+
+
 def _unclassed_groups(method: Method, limits: CardLimits) -> tuple[CardGroup, ...]:
     chosen = {
         "latents most concentrated on one text": (
@@ -218,12 +207,19 @@ def _unclassed_groups(method: Method, limits: CardLimits) -> tuple[CardGroup, ..
     return tuple(group for group in groups if group.cards)
 
 
-def _why_not(method: Method, row: int) -> str:
+def verdict_note(method: Method, row: int) -> str:
+    """Say what a verdict rests on, and whether it holds throughout the intervals of the ratios."""
     if method.latents.words("latent_class")[row] not in EXCLUSIVE_CLASSES:
         return ""
-    scaling = method.files.summary.get("latent_scaling", {})
-    untested = scaling.get("why_not", "") if not method.latents.words("verdict")[row] else ""
-    return str(method.latents.words("why_not")[row]) or str(untested)
+    verdict, why = verdict_words(method.latents)[row], str(method.latents.words("why_not")[row])
+    is_crossed = method.latents.has("is_beyond_interval") and not is_beyond(method.latents)[row]
+    if verdict == NOT_TESTED:
+        return str(method.files.summary.get("latent_scaling", {}).get("why_not", ""))
+    if verdict == UNDETERMINED:
+        return f"neither confirmed nor refuted: {why}" if why else "neither confirmed nor refuted"
+    if verdict == CONFIRMED:
+        return "by its estimate; its 95 % interval crosses a cut-off" if is_crossed else ""
+    return f"refuted: {why}" + ("; its 95 % interval crosses the cut-off" if is_crossed else "")
 
 
 def _numbers(method: Method, row: int) -> tuple[tuple[str, Figure], ...]:
@@ -231,26 +227,42 @@ def _numbers(method: Method, row: int) -> tuple[tuple[str, Figure], ...]:
         return float(method.latents.numbers(name)[row])
 
     never = "the latent fires on no held-out token"
-    reason = "too little evidence" if value("active_tokens") > 0 else never
-    compared: tuple[tuple[str, Figure], ...] = ()
-    if method.has_classes:
-        compared = (
-            ("delta_norm", decimal(value("delta_norm"), reason="both decoders are zero")),
-            *(
-                (name, interval(value(name), method.half_interval(name)[row], reason=reason))
-                for name in ("nu_error", "nu_recon")
-            ),
-            ("cosine", decimal(value("cosine"), reason="one decoder is zero")),
-        )
-    elif method.kind is Kind.MANY:
-        names = method.latents.suffixes("norm_")
-        compared = tuple((f"norm, {name}", significant(value(f"norm_{name}"))) for name in names)
     return (
-        *compared,
+        *_compared(method, row, "too little evidence" if value("active_tokens") > 0 else never),
         ("fires on", share(value("frequency"), never)),
+        ("in documents", documents(method, row)),
         ("max activation", significant(value("max_activation"), reason=never)),
         ("energy", significant(value("energy"), reason=never)),
     )
+
+
+def _compared(method: Method, row: int, why_no_ratio: str) -> tuple[tuple[str, Figure], ...]:
+    """Give the numbers that compare sources."""
+
+    def value(name: str) -> float:
+        return float(method.latents.numbers(name)[row])
+
+    if method.kind is Kind.MANY:
+        names = method.latents.suffixes("norm_")
+        return tuple((f"norm, {name}", significant(value(f"norm_{name}"))) for name in names)
+    if not method.has_classes:
+        return ()
+    ratios = (
+        (name, interval(value(name), method.half_interval(name)[row], reason=why_no_ratio))
+        for name in ("nu_error", "nu_recon")
+    )
+    return (
+        ("delta_norm", decimal(value("delta_norm"), reason="both decoders are zero")),
+        *ratios,
+        ("cosine", decimal(value("cosine"), reason="one decoder is zero")),
+    )
+
+
+def documents(method: Method, row: int) -> Figure:
+    """Write on how many of the held-out documents a latent fires."""
+    number, total = method.latents.numbers("active_documents")[row], method.num_documents()
+    shown = count(number, "not counted")
+    return Figure(f"{shown.text} of {total:,}") if total and not shown.reason else shown
 
 
 def _shares(method: Method, row: int) -> tuple[LabelShare, ...]:
@@ -259,12 +271,3 @@ def _shares(method: Method, row: int) -> tuple[LabelShare, ...]:
         for label in method.latents.suffixes("share_")
     ]
     return tuple(LabelShare(label, value, share(value)) for label, value in values if np.isfinite(value))
-
-
-def _energy(method: Method) -> np.ndarray:
-    return np.nan_to_num(method.latents.numbers("energy"), nan=-1.0)
-
-
-def _has_snippets(method: Method) -> np.ndarray:
-    kept = [latent for latent, snippets in (method.files.snippets or {}).items() if snippets]
-    return np.isin(method.latents.numbers("latent"), kept)

@@ -1,4 +1,4 @@
-"""What was compared with what: models, texts and training recipes as rows of plain text."""
+"""What was compared with what: models and texts as rows of plain text."""
 
 import importlib.metadata
 import json
@@ -8,25 +8,8 @@ from typing import Any
 
 from crosscoder_jax.report.content import Method
 from crosscoder_jax.report.files import find, source_entries
-from crosscoder_jax.report.numbers import Figure, count, missing, share
-
-NOT_RECORDED = "not recorded in the run"
-
-RECIPE: tuple[tuple[str, str], ...] = (
-    ("Latents", "num_latents"),
-    ("Sparsity", "sparsity"),
-    ("Reconstruction loss", "loss"),
-    ("Sparsity penalty", "l1"),
-    ("Dead-latent loss", "aux_k"),
-    ("Batch, tokens", "batch_size"),
-    ("Steps", "num_steps"),
-    ("Learning rate", "learning_rate"),
-    ("Warm-up steps", "warmup_steps"),
-    ("Compute dtype", "dtype"),
-    ("Seed", "seed"),
-    ("Null data", "null"),
-)
-"""Rows of the recipe table and the fields of a run's config that they show."""
+from crosscoder_jax.report.numbers import Figure, count, share
+from crosscoder_jax.report.recipe import NOT_RECORDED
 
 
 @dataclass(frozen=True)
@@ -97,18 +80,10 @@ def token_rows(methods: Sequence[Method]) -> tuple[Row, ...]:
             tuple(count(m.files.provenance.get("num_tokens"), NOT_RECORDED) for m in methods),
         ),
         Row("Held-out tokens analysed", tuple(count(value, NOT_RECORDED) for value in analysed)),
+        Row("in documents", tuple(count(m.num_documents(), NOT_RECORDED) for m in methods)),
         Row(
             "Held-out share of documents", tuple(share(_held_out(method), NOT_RECORDED) for method in methods)
         ),
-    ]
-    return tuple(row for row in rows if _is_known(row))
-
-
-def recipe_rows(methods: Sequence[Method]) -> tuple[Row, ...]:
-    """Give the rows of the recipe table; rows that no run records are left out."""
-    rows = [
-        Row(heading, tuple(_recipe_value(heading, find(method.files.config, key)) for method in methods))
-        for heading, key in RECIPE
     ]
     return tuple(row for row in rows if _is_known(row))
 
@@ -129,30 +104,6 @@ def versions(methods: Sequence[Method]) -> tuple[tuple[str, str], ...]:
 def config_json(method: Method) -> str:
     """Give the config of a run as indented JSON."""
     return json.dumps(method.files.config, indent=2, ensure_ascii=False, sort_keys=True)
-
-
-def describe(value: Any) -> str:
-    """Write a config value in words: an object as its type and its settings.
-
-    Examples:
-        >>> describe({"type": "BatchTopK", "k": 100.0, "initial_k": None, "anneal_steps": 5000})
-        'BatchTopK, k 100, anneal_steps 5,000'
-    """
-    if isinstance(value, Mapping):
-        kind = [str(value["type"])] if "type" in value else []
-        settings = [f"{k} {describe(v)}" for k, v in value.items() if k != "type" and v is not None]
-        return ", ".join(kind + settings)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int) and abs(value) >= 1_000:
-        return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _recipe_value(heading: str, value: Any) -> Figure:
-    if value is None:
-        return missing(NOT_RECORDED)
-    return Figure(str(value) if heading == "Seed" else describe(value))
 
 
 def _is_known(row: Row) -> bool:
@@ -177,6 +128,20 @@ def _source(name: str, entry: Mapping[str, Any]) -> ComparedSource:
         hook_point=known.get("hook_point", "not recorded"),
         width=known.get("width", "not recorded"),
     )
+
+
+def short_model(model: str) -> str:
+    """Give the name of a model without the folders it lies in; a hub id stays whole.
+
+    Examples:
+        >>> short_model("results/models/SmolLM2-135M")
+        'SmolLM2-135M'
+        >>> short_model("HuggingFaceTB/SmolLM2-135M")
+        'HuggingFaceTB/SmolLM2-135M'
+    """
+    parts = model.replace("\\", "/").rstrip("/").split("/")
+    is_hub_id = len(parts) <= 2 and parts[0] not in ("", ".", "..", "~")
+    return model if is_hub_id else parts[-1]
 
 
 def short_revision(revision: str) -> str:

@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 
 from crosscoder_jax.diffing.decoder_norms import Cutoffs as ClassCutoffs
+from crosscoder_jax.diffing.intervals import errors_in_half_interval
 from crosscoder_jax.diffing.latent_scaling import NUM_GROUPS
 from crosscoder_jax.diffing.verdicts import MAX_NU_ERROR, MAX_NU_RECON
 from crosscoder_jax.report.files import LatentTable, RunFiles, find, source_entries
-from crosscoder_jax.report.names import CLASSES, DEAD, EXCLUSIVE_CLASSES, NOT_TESTED, VERDICTS
-from crosscoder_jax.report.numbers import errors_in_half_interval
+from crosscoder_jax.report.names import BASE_ONLY, CHAT_ONLY, CLASSES, DEAD, EXCLUSIVE_CLASSES
+from crosscoder_jax.report.outcomes import Outcomes, count_outcomes, is_by_design
 
 CONCENTRATED_SHARE = 0.8
-"""A latent is about one text when this share of its summed activation lies there."""
+"""A latent is about one text when this share of its summed activation lies there ..."""
+CONCENTRATED_TOKENS = 20
+"""... and it fires on as many held-out tokens: of fewer, a share says little."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,12 @@ class Method:
     files: RunFiles
     cutoffs: Cutoffs
     class_counts: Mapping[str, int]
-    verdict_counts: Mapping[str, Mapping[str, int]]
-    """Class of exclusive latents -> verdict -> number; empty for a run without classes."""
+    found: Mapping[str, Outcomes]
+    """Class of exclusive latents -> what became of those that decoder norms claim as a finding."""
+    designed: Mapping[str, Outcomes]
+    """The same of those that the recipe makes exclusive, which decoder norms say nothing of."""
     concentrated: Mapping[str, int]
-    """Text label -> number of live latents with over 80 % of their activation on it."""
+    """Text label -> number of latents with over 80 % of their activation on it."""
 
     @property
     def has_classes(self) -> bool:
@@ -78,22 +83,34 @@ class Method:
         return len(self.files.latents)
 
     def null_count(self, what: str, latent_class: str) -> int | None:
-        """Give how many latents of a class the null run has, by "counts" or "confirmed_by_class".
+        """Give how many latents of a class the null run found, by "counts" or "confirmed_by_class".
 
         `None` when the run was diffed without a null run, or that one without Latent Scaling.
         """
-        counted = (self.files.summary.get("null") or {}).get(what, {})
-        return counted.get(latent_class)
+        null = self.files.summary.get("null") or {}
+        number = null.get(what, {}).get(latent_class)
+        by_design = null.get("by_design", {}).get(what, {}).get(latent_class, 0)
+        return None if number is None else number - by_design
 
-    def claimed(self, latent_class: str | None = None) -> int:
-        """Count the exclusive latents that decoder norms alone claim, of one class or of both."""
-        classes = EXCLUSIVE_CLASSES if latent_class is None else (latent_class,)
-        return sum(self.class_counts.get(name, 0) for name in classes)
+    def all_found(self) -> Outcomes:
+        """Give what became of all latents that decoder norms claim for one model, of both classes."""
+        return self.found[CHAT_ONLY] + self.found[BASE_ONLY]
 
-    def verdicts(self, verdict: str, latent_class: str | None = None) -> int:
-        """Count the claimed latents with a verdict, of one class or of both."""
-        classes = EXCLUSIVE_CLASSES if latent_class is None else (latent_class,)
-        return sum(self.verdict_counts.get(name, {}).get(verdict, 0) for name in classes)
+    def all_designed(self) -> Outcomes:
+        """Give what became of all latents that are exclusive by design."""
+        return self.designed[CHAT_ONLY] + self.designed[BASE_ONLY]
+
+    def claimed(self, latent_class: str) -> int:
+        """Count the exclusive latents of a class that decoder norms alone claim as a finding."""
+        return self.found[latent_class].claimed
+
+    def is_claimed(self, latent_class: str) -> np.ndarray:
+        """Tell which rows these are."""
+        return (self.latents.words("latent_class") == latent_class) & ~is_by_design(self.latents)
+
+    def num_documents(self) -> int | None:
+        """Give the number of held-out documents that were analysed; `None` in older summaries."""
+        return self.files.summary.get("num_documents")
 
     def half_interval(self, name: str) -> np.ndarray:
         """Give half the width of the 95 % interval of a column, such as `nu_error`, for every latent."""
@@ -130,7 +147,8 @@ def build_method(files: RunFiles, slot: int, name: str = "") -> Method:
         files=files,
         cutoffs=read_cutoffs(files.summary),
         class_counts=count_classes(files.latents) if has_classes else {},
-        verdict_counts=count_verdicts(files.latents) if has_classes else {},
+        found=count_by_class(files.latents, ~is_by_design(files.latents)),
+        designed=count_by_class(files.latents, is_by_design(files.latents)),
         concentrated=count_concentrated(files.latents),
     )
 
@@ -176,7 +194,10 @@ def method_name(config: Mapping[str, Any], kind: Kind) -> str:
     name = "L1 crosscoder" if "relu" in words or "l1" in words else "Crosscoder"
     if "batchtopk" in words or "'k'" in words:
         name = "BatchTopK crosscoder"
-    return f"{name} of {len(entries)} sources" if kind is Kind.MANY else name
+    if kind is Kind.MANY:
+        return f"{name} of {len(entries)} sources"
+    is_derived = any(entry.get("combination") for entry in entries)
+    return f"{name} on {' and '.join(str(entry['name']) for entry in entries)}" if is_derived else name
 
 
 def read_cutoffs(summary: Mapping[str, Any]) -> Cutoffs:
@@ -199,25 +220,21 @@ def count_classes(latents: LatentTable) -> dict[str, int]:
     return {name: int(np.sum(words == name)) for name in CLASSES}
 
 
-def count_verdicts(latents: LatentTable) -> dict[str, dict[str, int]]:
-    """Count the verdicts of Latent Scaling on the latents that decoder norms claim.
-
-    A claimed latent with an empty verdict counts as not tested, so the verdicts of a class add up to it.
-    """
-    classes, verdicts = latents.words("latent_class"), latents.words("verdict")
-    named = np.where(np.isin(verdicts.astype(str), VERDICTS), verdicts, NOT_TESTED)
-    return {
-        latent_class: {v: int(np.sum((classes == latent_class) & (named == v))) for v in VERDICTS}
-        for latent_class in EXCLUSIVE_CLASSES
-    }
+def count_by_class(latents: LatentTable, is_counted: np.ndarray) -> dict[str, Outcomes]:
+    """Count the outcomes of the rows that are meant in each exclusive class."""
+    classes = latents.words("latent_class")
+    return {name: count_outcomes(latents, is_counted & (classes == name)) for name in EXCLUSIVE_CLASSES}
 
 
 def count_concentrated(latents: LatentTable) -> dict[str, int]:
-    """Count, for each text label, the live latents with over 80 % of their summed activation on it."""
+    """Count, for each text label, the latents with over 80 % of their summed activation on it.
+
+    Those that fire on fewer than `CONCENTRATED_TOKENS` tokens are not counted.
+    """
     labels = latents.suffixes("share_")
     if len(labels) < 2:
         return {}
-    is_seen = ~(latents.numbers("active_tokens") < 20)
+    is_seen = ~(latents.numbers("active_tokens") < CONCENTRATED_TOKENS)
     return {
         label: int(np.sum(is_seen & (latents.numbers(f"share_{label}") > CONCENTRATED_SHARE)))
         for label in labels
@@ -226,7 +243,8 @@ def count_concentrated(latents: LatentTable) -> dict[str, int]:
 
 def has_latent_scaling(method: Method) -> bool:
     """Tell whether any claimed latent of a method was tested."""
-    return method.claimed() > method.verdicts(NOT_TESTED)
+    found = method.all_found()
+    return found.claimed > found.untested
 
 
 def most_leaning(method: Method) -> tuple[float, float] | None:

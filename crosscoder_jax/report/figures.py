@@ -14,48 +14,8 @@ import plotly.graph_objects as go
 
 from crosscoder_jax.diffing.decoder_norms import class_labels, classify_latents
 from crosscoder_jax.report.content import Cutoffs
-from crosscoder_jax.report.names import BASE_ONLY, BOTH, CHAT_ONLY, CONFIRMED, DECOUPLING, SHARED, SHRINKAGE
-from crosscoder_jax.report.palette import (
-    CLASS_COLOURS,
-    CLASS_TEXT,
-    INK,
-    MUTED,
-    PAPER,
-    RULE,
-    VERDICT_COLOURS,
-    VERDICT_SYMBOLS,
-    translucent,
-)
-
-NU = "\N{GREEK SMALL LETTER NU}"
-FRAME = (-0.16, 1.32)
-"""Both axes of the scatter: nu runs from 0 (absent from base) to 1 (as strong there as in chat)."""
-
-
-@dataclass(frozen=True)
-class ScatterPoints:
-    """Latents of one kind in the plane of the two ratios."""
-
-    nu_error: np.ndarray
-    nu_recon: np.ndarray
-    half_error: np.ndarray
-    """Half the width of each 95 % interval."""
-    half_recon: np.ndarray
-    hover: tuple[str, ...]
-    """Escaped hover text a latent."""
-
-    def __len__(self) -> int:
-        return len(self.nu_error)
-
-    def is_inside(self) -> np.ndarray:
-        """Tell which points lie within the frame of the figure; NaN does not."""
-        low, high = FRAME
-        return (
-            (self.nu_error >= low)
-            & (self.nu_error <= high)
-            & (self.nu_recon >= low)
-            & (self.nu_recon <= high)
-        )
+from crosscoder_jax.report.names import BASE_ONLY, CHAT_ONLY, SHARED
+from crosscoder_jax.report.palette import CLASS_COLOURS, CLASS_TEXT, INK, MUTED, PAPER, RULE, translucent
 
 
 @dataclass(frozen=True)
@@ -99,12 +59,12 @@ def histogram(
         )
     )
     _shade_classes(figure, cutoffs, class_counts)
-    figure.update_layout(**_layout(height=330, top=64), bargap=0)
+    figure.update_layout(**layout(height=330, top=64), bargap=0)
     bounds = (cutoffs.base_only_max, cutoffs.shared_min, cutoffs.shared_max, cutoffs.chat_only_min)
     ticks = sorted({0.0, 0.5, 1.0, *bounds})
-    figure.update_xaxes(**_axis("decoder norm difference, delta_norm"), range=[-0.005, 1.005], tickvals=ticks)
+    figure.update_xaxes(**axis("decoder norm difference, delta_norm"), range=[-0.005, 1.005], tickvals=ticks)
     highest = max(1, int(counts.max(initial=0)))
-    figure.update_yaxes(**_axis("latents, log scale"), **log_count_axis(highest))
+    figure.update_yaxes(**axis("latents, log scale"), **log_count_axis(highest))
     # The page's switch between the two scales reads them from here.
     figure.update_layout(
         meta={"axes": {"log": log_count_axis(highest), "linear": linear_count_axis(highest)}}
@@ -133,49 +93,6 @@ def class_names(delta_norms: np.ndarray, cutoffs: Cutoffs) -> list[str]:
     return class_labels(classify_latents(jnp.asarray(delta_norms, jnp.float32), cutoffs))
 
 
-def scatter(
-    points: Mapping[str, ScatterPoints],
-    shared: ScatterPoints,
-    leaning: ScatterPoints,
-    cutoffs: Cutoffs,
-    latent_class: str = CHAT_ONLY,
-) -> go.Figure:
-    """Draw nu_error against nu_recon for the candidates of a class by verdict, before other latents."""
-    figure = go.Figure()
-    low = FRAME[0]
-    figure.add_shape(
-        type="rect",
-        x0=low,
-        x1=cutoffs.max_nu_recon,
-        y0=low,
-        y1=cutoffs.max_nu_error,
-        layer="below",
-        line={"width": 0},
-        fillcolor=translucent(VERDICT_COLOURS[CONFIRMED], 0.10),
-    )
-    for at, is_vertical in ((cutoffs.max_nu_recon, True), (cutoffs.max_nu_error, False)):
-        add = figure.add_vline if is_vertical else figure.add_hline
-        add(at, line={"color": MUTED, "width": 1.2, "dash": "6px,4px"}, layer="above")
-    figure.add_trace(_ground(shared, SHARED, CLASS_COLOURS[SHARED], 4, 0.30))
-    figure.add_trace(_ground(leaning, "leaning to chat", CLASS_COLOURS[CHAT_ONLY], 6, 0.55))
-    for verdict, group in points.items():
-        figure.add_trace(_candidates(group, verdict))
-    _name_regions(figure, latent_class)
-    figure.update_layout(**_layout(height=520, top=16), hovermode="closest")
-    other = "base" if latent_class == CHAT_ONLY else "chat"
-    ticks = sorted({0.0, 0.2, 0.5, 0.75, 1.0, 1.25, cutoffs.max_nu_error, cutoffs.max_nu_recon})
-    for update, name, meaning in (
-        (figure.update_xaxes, "recon", "shared through other latents"),
-        (figure.update_yaxes, "error", f"hidden in the {other} error"),
-    ):
-        update(
-            **_axis(f"{NU}<sub>{name}</sub> : {meaning} \N{RIGHTWARDS ARROW}"),
-            range=list(FRAME),
-            tickvals=ticks,
-        )
-    return figure
-
-
 def training_panel(panel: Panel) -> go.Figure:
     """Draw one small multiple of the training curves."""
     figure = go.Figure()
@@ -190,10 +107,10 @@ def training_panel(panel: Panel) -> go.Figure:
                 hovertemplate=f"{curve.name}<br>step %{{x:,}}: %{{y:{_HOVER[panel.unit]}}}<extra></extra>",
             )
         )
-    layout = _layout(height=210, top=34)
-    layout["margin"]["l"] = 52
+    common = layout(height=210, top=34)
+    common["margin"]["l"] = 52
     figure.update_layout(
-        **layout,
+        **common,
         title={
             "text": panel.title,
             "font": {"size": 13.5},
@@ -203,8 +120,8 @@ def training_panel(panel: Panel) -> go.Figure:
             "yanchor": "top",
         },
     )
-    figure.update_xaxes(**_axis("step"), tickformat="~s", nticks=5)
-    figure.update_yaxes(**_axis(""), **_panel_axis(panel))
+    figure.update_xaxes(**axis("step"), tickformat="~s", nticks=5)
+    figure.update_yaxes(**axis(""), **_panel_axis(panel))
     return figure
 
 
@@ -262,74 +179,8 @@ def _shade_classes(figure: go.Figure, cutoffs: Cutoffs, class_counts: Mapping[st
         )
 
 
-def _ground(points: ScatterPoints, name: str, colour: str, size: int, opacity: float) -> go.Scatter:
-    return go.Scatter(
-        x=points.nu_recon,
-        y=points.nu_error,
-        mode="markers",
-        name=name,
-        text=points.hover,
-        hovertemplate="%{text}<extra></extra>",
-        marker={"color": colour, "size": size, "opacity": opacity, "line": {"width": 0}},
-    )
-
-
-def _candidates(points: ScatterPoints, verdict: str) -> go.Scatter:
-    colour = VERDICT_COLOURS[verdict]
-    bars = {"type": "data", "visible": True, "thickness": 1.1, "width": 0, "color": translucent(colour, 0.6)}
-    return go.Scatter(
-        x=points.nu_recon,
-        y=points.nu_error,
-        mode="markers",
-        name=verdict,
-        text=points.hover,
-        hovertemplate="%{text}<extra></extra>",
-        error_x={**bars, "array": points.half_recon},
-        error_y={**bars, "array": points.half_error},
-        marker={
-            "color": colour,
-            "size": 10,
-            "symbol": VERDICT_SYMBOLS[verdict],
-            "line": {"width": 1.2, "color": PAPER if verdict in _FILLED else colour},
-        },
-    )
-
-
-def _name_regions(figure: go.Figure, latent_class: str) -> None:
-    low, high = FRAME
-    regions = (
-        (
-            f"confirmed {latent_class}",
-            low + 0.015,
-            low + 0.012,
-            "left",
-            "bottom",
-            VERDICT_COLOURS[CONFIRMED],
-        ),
-        (SHRINKAGE, low + 0.015, high - 0.012, "left", "top", "#8a5f00"),
-        (DECOUPLING, high - 0.015, low + 0.012, "right", "bottom", "#8c3d79"),
-        (
-            "both artefacts",
-            high - 0.015,
-            high - 0.012,
-            "right",
-            "top",
-            VERDICT_COLOURS[BOTH],
-        ),
-    )
-    for text, x, y, xanchor, yanchor, colour in regions:
-        figure.add_annotation(
-            x=x,
-            y=y,
-            xanchor=xanchor,
-            yanchor=yanchor,
-            text=f"<b>{text}</b>",
-            showarrow=False,
-            font={"color": colour, "size": 13},
-        )
-
-
-def _layout(*, height: int, top: int) -> dict[str, Any]:
+def layout(*, height: int, top: int) -> dict[str, Any]:
+    """Give what every figure has in common."""
     return {
         "height": height,
         "autosize": True,
@@ -353,7 +204,8 @@ def _layout(*, height: int, top: int) -> dict[str, Any]:
     }
 
 
-def _axis(title: str) -> dict[str, Any]:
+def axis(title: str) -> dict[str, Any]:
+    """Give what every axis has in common."""
     return {
         "title": {"text": title, "font": {"size": 13, "color": MUTED}, "standoff": 8},
         "gridcolor": "#eceff2",
@@ -368,6 +220,5 @@ def _axis(title: str) -> dict[str, Any]:
     }
 
 
-_FILLED: Sequence[str] = (CONFIRMED, SHRINKAGE, DECOUPLING, BOTH)
 _POWERS = ["1", "10", "100", "1,000", "10k", "100k", "1M"]
 _HOVER = {"share": ".1%", "log": ".3g", "number": ".3g"}

@@ -182,6 +182,13 @@ def source_entries(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(value or ())
 
 
+def is_recorded(content: Any, name: str) -> bool:
+    """Tell whether nested objects have a field, be it null."""
+    if isinstance(content, Mapping):
+        return name in content or any(is_recorded(value, name) for value in content.values())
+    return isinstance(content, list | tuple) and any(is_recorded(item, name) for item in content)
+
+
 def find(content: Any, *names: str) -> Any:
     """Give the first value kept under one of `names`, nearest the top of nested objects, or `None`."""
     level = [content]

@@ -30,6 +30,10 @@ def _missing(files: RunFiles) -> Iterator[tuple[str, str]]:
         yield "no metrics.jsonl, so its training curves are left out", "crosscoder-jax train"
     if files.evaluation is None:
         yield "no evaluation.json, so its held-out numbers are n/a", "crosscoder-jax evaluate"
+    if files.latents.has("verdict") and not files.latents.has("is_beyond_interval"):
+        yield "no column is_beyond_interval, so what its intervals say is left out", "crosscoder-jax diff"
+    if not files.latents.has("active_documents"):
+        yield "no column active_documents, so documents are not counted", "crosscoder-jax diff"
     if files.snippets is None:
         yield "no diff/snippets.json, so its cards have no passages", "crosscoder-jax diff"
 

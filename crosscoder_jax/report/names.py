@@ -18,6 +18,8 @@ SHRINKAGE = Verdict.SHRINKAGE.value
 DECOUPLING = Verdict.DECOUPLING.value
 BOTH = Verdict.BOTH.value
 UNDETERMINED = Verdict.UNDETERMINED.value
+ARTEFACTS = tuple(verdict.value for verdict in Verdict if verdict.is_artefact)
+"""Verdicts that refute a claim."""
 NOT_TESTED = "not tested"
 """What the page says of a claimed latent of a diff without Latent Scaling, which has no verdict."""
 

@@ -3,8 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -56,18 +54,6 @@ def significant(value: float | None, digits: int = 3, reason: str = "not measure
     if -4 < magnitude < 6:
         return Figure(_signed(f"{value:,.{max(0, digits - 1 - magnitude)}f}"))
     return Figure(_signed(f"{value:.{digits - 1}e}"))
-
-
-def errors_in_half_interval(num_groups: int) -> float:
-    """Give the standard errors on either side of an estimate in its 95 % interval.
-
-    A jackknife over few groups is unsure of the standard error itself, so the quantile is Student's t
-    with one degree of freedom less than groups.
-
-    >>> round(errors_in_half_interval(20), 3)
-    2.093
-    """
-    return float(stdtrit(num_groups - 1, 0.975))
 
 
 def interval(

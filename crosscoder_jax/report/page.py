@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from crosscoder_jax.report import comparison, palette, plots, wording
+from crosscoder_jax.report import comparison, palette, plots, recipe, wording
 from crosscoder_jax.report.cards import NO_SNIPPETS, CardLimits, card_groups
 from crosscoder_jax.report.config import ReportConfig
 from crosscoder_jax.report.content import Method
-from crosscoder_jax.report.figures import NU
 from crosscoder_jax.report.gaps import missing_parts, stale_parts
 from crosscoder_jax.report.names import VERDICTS
-from crosscoder_jax.report.tables import class_rows, method_rows
+from crosscoder_jax.report.scatter import NU
+from crosscoder_jax.report.tables import class_rows, latent_rows, method_rows
 from crosscoder_jax.report.text import json_for_script
 
 _TEMPLATES = importlib.resources.files("crosscoder_jax.report") / "templates"
@@ -41,14 +41,17 @@ def render_page(config: ReportConfig, methods: Sequence[Method], today: datetime
             conclusion=wording.conclusion(methods),
             methods=methods,
             sources=comparison.compared_sources(methods[0]),
+            short_model=comparison.short_model,
             texts=comparison.text_shares(methods[0]),
             token_rows=comparison.token_rows(methods),
-            recipe_rows=comparison.recipe_rows(methods),
+            recipe_rows=recipe.recipe_rows(methods),
             method_rows=method_rows(methods),
             class_rows=class_rows(crosscoders),
+            latent_tables=tuple(latent_rows(method) for method in crosscoders),
+            intervals=wording.intervals(scaled),
             crosscoders=crosscoders,
             null_notes=wording.null_notes(crosscoders),
-            shown_verdicts=tuple(v for v in VERDICTS if any(method.verdicts(v) for method in crosscoders)),
+            shown_verdicts=tuple(v for v in VERDICTS if any(m.all_found().verdicts[v] for m in crosscoders)),
             histogram_plots=histogram_plots,
             scatter_plots=scatter_plots,
             training_plots=training_plots,
@@ -60,6 +63,7 @@ def render_page(config: ReportConfig, methods: Sequence[Method], today: datetime
             stale=stale_parts(methods),
             versions=comparison.versions(methods),
             configs=tuple((method.name, comparison.config_json(method)) for method in methods),
+            num_documents=methods[0].num_documents(),
             today=today.isoformat(),
             nu=NU,
             palette=palette,

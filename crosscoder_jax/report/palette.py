@@ -36,6 +36,8 @@ VERDICT_COLOURS = {
     UNDETERMINED: "#6e7781",
     NOT_TESTED: "#c3c9d1",
 }
+VERDICT_TEXT = VERDICT_COLOURS | {SHRINKAGE: "#8a5f00", DECOUPLING: "#8c3d79", NOT_TESTED: MUTED}
+"""The same, dark enough to read."""
 VERDICT_SYMBOLS = {
     CONFIRMED: "circle",
     SHRINKAGE: "triangle-up",

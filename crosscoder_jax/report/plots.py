@@ -1,6 +1,6 @@
 """Choose from the tables what each figure shows, and describe it in words for those who cannot see it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +9,17 @@ import plotly.graph_objects as go
 from crosscoder_jax.report import figures
 from crosscoder_jax.report.cards import top_tokens
 from crosscoder_jax.report.content import Method, live_delta_norms
-from crosscoder_jax.report.names import BASE_ONLY, CHAT_ONLY, DEAD, NOT_TESTED, OTHER, SHARED, VERDICTS
+from crosscoder_jax.report.names import BASE_ONLY, CHAT_ONLY, DEAD, OTHER, SHARED, VERDICTS
 from crosscoder_jax.report.numbers import decimal, interval, plural
+from crosscoder_jax.report.outcomes import verdict_words
 from crosscoder_jax.report.palette import method_colour
+from crosscoder_jax.report.scatter import NU, ScatterPoints, frames, scatter
 from crosscoder_jax.report.text import hover_safe
 
 MAX_GROUND_POINTS = 1_500
 """Shared latents drawn behind the candidates; more would only make the page heavy."""
+MAX_NAMED = 6
+"""Latents outside a figure's frame whose ratios are written below it; all are in the table."""
 MAX_CURVE_POINTS = 400
 """Steps drawn of each training curve, evenly spread."""
 
@@ -40,9 +44,15 @@ def histogram_plot(method: Method) -> Plot:
         key=f"histogram-{method.slot}",
         title=method.name,
         description=f"Histogram of delta_norm, {plural(len(values), 'live latent')}: {parts}.",
-        note=f"Between classes: {counts.get(OTHER, 0):,}. Dead, not drawn: {counts.get(DEAD, 0):,}.",
+        note=f"Between classes: {counts.get(OTHER, 0):,}. Dead, not drawn: {counts.get(DEAD, 0):,}."
+        + (f" Exclusive by design: {designed}." if (designed := _designed(method)) else ""),
         figure=figures.histogram(values, method.cutoffs, counts),
     )
+
+
+def _designed(method: Method) -> str:
+    parts = {name: method.designed[name].claimed for name in (BASE_ONLY, CHAT_ONLY)}
+    return ", ".join(f"{number:,} {name}" for name, number in parts.items() if number)
 
 
 def scatter_plots(method: Method) -> tuple[Plot, ...]:
@@ -62,8 +72,8 @@ def scatter_plot(method: Method, latent_class: str = CHAT_ONLY) -> Plot:
     classes, those measured from the side of chat are a ground for chat-only candidates; the rest hold the
     inverse ratio and are left out.
     """
-    classes, verdicts = method.latents.words("latent_class"), _verdict_words(method)
-    candidates = classes == latent_class
+    classes, verdicts = method.latents.words("latent_class"), verdict_words(method.latents)
+    candidates = method.is_claimed(latent_class)
     groups = {v: _points(method, np.flatnonzero(candidates & (verdicts == v))) for v in VERDICTS}
     groups = {verdict: group for verdict, group in groups.items() if len(group)}
     is_ground = _is_measured_from_chat(method) & (latent_class == CHAT_ONLY)
@@ -77,8 +87,8 @@ def scatter_plot(method: Method, latent_class: str = CHAT_ONLY) -> Plot:
         title=f"{method.name}: {latent_class}",
         description=f"Scatter of nu_error against nu_recon of {number}: {listed}; "
         f"{plural(len(shared), 'shared latent')} in the background.",
-        note=_outside(groups),
-        figure=figures.scatter(groups, shared, leaning, method.cutoffs, latent_class),
+        note=_scatter_note(groups, method.designed[latent_class].claimed),
+        figure=scatter(groups, shared, leaning, method.cutoffs, latent_class),
     )
 
 
@@ -135,10 +145,15 @@ def _curves(methods: Sequence[Method], key: str) -> tuple[figures.Curve, ...]:
     return tuple(curves)
 
 
-def _points(method: Method, rows: np.ndarray) -> figures.ScatterPoints:
+def _points(method: Method, rows: np.ndarray) -> ScatterPoints:
     ratios = (method.latents.numbers(name)[rows] for name in ("nu_error", "nu_recon"))
     halves = (method.half_interval(name)[rows] for name in ("nu_error", "nu_recon"))
-    return figures.ScatterPoints(*ratios, *halves, hover=tuple(_hover(method, int(row)) for row in rows))
+    return ScatterPoints(
+        *ratios,
+        *halves,
+        hover=tuple(_hover(method, int(row)) for row in rows),
+        names=tuple(f"{latent:.0f}" for latent in method.latents.numbers("latent")[rows]),
+    )
 
 
 def _hover(method: Method, row: int) -> str:
@@ -152,28 +167,36 @@ def _hover(method: Method, row: int) -> str:
         f"top token {hover_safe(tokens[0]) if tokens else 'n/a (no snippets kept)'}",
         f"delta_norm {decimal(value('delta_norm')).text}",
         *(
-            f"{figures.NU}_{target} {interval(value(name), method.half_interval(name)[row]).text}"
+            f"{NU}_{target} {interval(value(name), method.half_interval(name)[row]).text}"
             for target, name in (("error", "nu_error"), ("recon", "nu_recon"))
         ),
     ]
     return "<br>".join(lines)
 
 
-def _verdict_words(method: Method) -> np.ndarray:
-    words = method.latents.words("verdict")
-    return np.where(np.isin(words.astype(str), VERDICTS), words, NOT_TESTED)
-
-
-def _outside(groups: dict[str, figures.ScatterPoints]) -> str:
-    finite = sum(int(np.sum(np.isfinite(g.nu_error) & np.isfinite(g.nu_recon))) for g in groups.values())
-    inside = sum(int(g.is_inside().sum()) for g in groups.values())
-    undefined = sum(len(g) for g in groups.values()) - finite
+def _scatter_note(groups: Mapping[str, ScatterPoints], num_designed: int) -> str:
+    """Say what stands at the edge of the frame and what is not drawn at all."""
+    across, up = frames(groups)
+    is_outside = [g.is_defined() & ~g.is_inside(across, up) for g in groups.values()]
+    outside = [part for g, rows in zip(groups.values(), is_outside, strict=True) for part in _places(g, rows)]
+    undefined = sum(int(np.sum(~group.is_defined())) for group in groups.values())
     notes = []
-    if finite > inside:
-        notes.append(f"{plural(finite - inside, 'candidate')} outside the frame")
+    if outside:
+        more = f" and {len(outside) - MAX_NAMED:,} more" if len(outside) > MAX_NAMED else ""
+        notes.append(f"Arrows point to what lies outside the frame: {'; '.join(outside[:MAX_NAMED])}{more}.")
     if undefined:
-        notes.append(f"{plural(undefined, 'candidate')} without a defined ratio (too little evidence)")
-    return f"Not drawn: {' and '.join(notes)}." if notes else ""
+        notes.append(f"Not drawn: {plural(undefined, 'candidate')} without a defined ratio.")
+    if num_designed:
+        notes.append(f"Not drawn: {num_designed:,} exclusive by design.")
+    return " ".join(notes)
+
+
+def _places(group: ScatterPoints, rows: np.ndarray) -> list[str]:
+    return [
+        f"{group.names[i]} ({NU}_error {decimal(group.nu_error[i]).text}, "
+        f"{NU}_recon {decimal(group.nu_recon[i]).text})"
+        for i in np.flatnonzero(rows).tolist()
+    ]
 
 
 def _spread(rows: np.ndarray, most: int) -> np.ndarray:

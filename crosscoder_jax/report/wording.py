@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 
-from crosscoder_jax.report.content import Kind, Method, has_latent_scaling, most_leaning
-from crosscoder_jax.report.files import source_entries
-from crosscoder_jax.report.names import (
-    BASE_ONLY,
-    BOTH,
-    CHAT_ONLY,
-    CONFIRMED,
-    DECOUPLING,
-    NOT_TESTED,
-    SHRINKAGE,
-    UNDETERMINED,
+from crosscoder_jax.diffing.intervals import errors_in_half_interval
+from crosscoder_jax.report.content import (
+    CONCENTRATED_TOKENS,
+    Kind,
+    Method,
+    has_latent_scaling,
+    most_leaning,
+    num_groups,
 )
+from crosscoder_jax.report.files import source_entries
+from crosscoder_jax.report.names import BASE_ONLY, BOTH, CHAT_ONLY, DECOUPLING, NOT_TESTED, SHRINKAGE
 from crosscoder_jax.report.numbers import plural, share
+from crosscoder_jax.report.outcomes import Outcomes
 
 
 def conclusion(methods: Sequence[Method]) -> tuple[str, ...]:
@@ -29,25 +29,44 @@ def headline(methods: Sequence[Method]) -> str:
     main = next((method for method in methods if method.has_classes), None)
     if main is None:
         return "No crosscoder of two models is among the runs: decoder norms cannot tell whose a latent is."
-    claimed = main.claimed()
-    if not claimed:
+    found = main.all_found()
+    if not found.claimed:
         return "Decoder norms claim no latent for one model only."
     if not has_latent_scaling(main):
-        return f"Decoder norms claim {plural(claimed, 'model-specific latent')}, none of them tested."
-    confirmed = main.verdicts(CONFIRMED)
-    if not confirmed:
-        subject = (
-            "The one claimed model-specific latent does not survive"
-            if claimed == 1
-            else f"None of {claimed:,} claimed model-specific latents survives"
-        )
-        return f"{subject} Latent Scaling."
-    subject = (
-        "The one claimed model-specific latent"
-        if claimed == 1
-        else f"{confirmed:,} of {claimed:,} claimed model-specific latents"
-    )
-    return f"{subject} {'survives' if confirmed == 1 else 'survive'} Latent Scaling."
+        return f"Decoder norms claim {plural(found.claimed, 'model-specific latent')}, none of them tested."
+    if found.claimed == 1:
+        return f"The one latent claimed for one model only is {_fate(found)}."
+    return f"Of {found.claimed:,} latents claimed for one model only, Latent Scaling {_outcomes(found)}."
+
+
+def _outcomes(found: Outcomes) -> str:
+    """Tell the three outcomes apart: what is undetermined is not refuted."""
+    number = f"all {found.confirmed:,}" if found.confirmed == found.claimed > 1 else f"{found.confirmed:,}"
+    parts = [f"confirms {number}{_certainty(found)}" if found.confirmed else "confirms none"]
+    parts += [f"refutes {found.refuted:,} as {'an artefact' if found.refuted == 1 else 'artefacts'}"]
+    parts += [f"leaves {found.undetermined:,} undetermined"]
+    parts += [f"did not test {found.untested:,}"]
+    numbers = (1, found.refuted, found.undetermined, found.untested)
+    return _join([part for part, number in zip(parts, numbers, strict=True) if number])
+
+
+def _certainty(found: Outcomes) -> str:
+    """Tell of how many confirmed latents the whole interval agrees."""
+    if found.beyond is None:
+        return ""
+    if found.confirmed == 1:
+        return f" ({'' if found.beyond else 'not '}beyond the 95 % interval)"
+    number = {0: "none", found.confirmed: "all"}.get(found.beyond, f"{found.beyond:,}")
+    return f" ({number} of them beyond the 95 % interval)"
+
+
+def _fate(found: Outcomes) -> str:
+    if found.confirmed:
+        certainty = {None: "", 0: ", though not beyond the 95 % interval"}
+        return f"confirmed by Latent Scaling{certainty.get(found.beyond, ', beyond the 95 % interval')}"
+    if found.refuted:
+        return "refuted by Latent Scaling as an artefact"
+    return "undetermined: there is too little evidence to test it"
 
 
 _NULL_NOTES = {
@@ -76,34 +95,69 @@ def null_notes(methods: Sequence[Method]) -> tuple[str, ...]:
     return tuple(_NULL_NOTES.get(kind, f"The null run was trained on {kind} data.") for kind in sorted(kinds))
 
 
+def intervals(methods: Sequence[Method]) -> str:
+    """Say what stands behind each number of a ratio."""
+    groups = sorted({num_groups(method.files.summary) for method in methods})
+    errors = _join([f"{errors_in_half_interval(number):.2f}" for number in groups])
+    return (
+        f"\N{PLUS-MINUS SIGN} is half the 95 % interval: {errors} standard errors by the jackknife, which "
+        f"leaves out each of {_join([str(number) for number in groups])} groups of documents in turn"
+    )
+
+
 def _crosscoder(method: Method, methods: Sequence[Method]) -> str:
     is_named = sum(other.has_classes for other in methods) > 1
     lead = f"{method.name}: of" if is_named else "Of"
     chat, base = method.claimed(CHAT_ONLY), method.claimed(BASE_ONLY)
     opening = f"{lead} {plural(method.num_latents, 'latent')}, the decoder-norm histogram alone claims "
     if not chat + base:
-        return opening + "none as chat-only and none as base-only." + _leaning(method)
+        return f"{opening}none as chat-only and none as base-only.{_leaning(method)}{_by_design(method)}"
     claims = [f"{n:,} as {name}" for n, name in ((chat, CHAT_ONLY), (base, BASE_ONLY)) if n]
     missing = [f"none as {name}" for n, name in ((chat, CHAT_ONLY), (base, BASE_ONLY)) if not n]
-    return f"{opening}{_join(claims + missing)}. {_tested(method)}"
+    return f"{opening}{_join(claims + missing)}. {_tested(method)}{_by_design(method)}"
 
 
 def _tested(method: Method) -> str:
     if not has_latent_scaling(method):
         return "Latent Scaling was not run on them, so none of these claims is tested."
-    parts = [
-        _verb(method.verdicts(SHRINKAGE), "looks", "look", "like complete shrinkage"),
-        _verb(method.verdicts(DECOUPLING), "looks", "look", "like latent decoupling"),
-        _verb(method.verdicts(BOTH), "looks", "look", "like both"),
-        _verb(method.verdicts(UNDETERMINED), "has", "have", "too little evidence"),
-        _verb(method.verdicts(NOT_TESTED), "was", "were", NOT_TESTED),
+    found = method.all_found()
+    artefacts = [
+        _verb(found.verdicts[verdict], "looks", "look", rest)
+        for verdict, rest in (
+            (SHRINKAGE, "like complete shrinkage"),
+            (DECOUPLING, "like latent decoupling"),
+            (BOTH, "like both"),
+        )
     ]
-    confirmed = method.verdicts(CONFIRMED)
+    refuted = _join([part for part in artefacts if part])
+    parts = [
+        f"it refutes {found.refuted:,} ({refuted})" if refuted else "",
+        _verb(found.undetermined, "has", "have", "too little evidence to tell"),
+        _verb(found.untested, "was", "were", NOT_TESTED),
+    ]
     rest = _join([part for part in parts if part])
-    subject = f"confirms {confirmed:,} of them" if confirmed else "confirms none of them"
-    if confirmed == method.claimed():
-        subject = "confirms it" if confirmed == 1 else f"confirms all {confirmed:,}"
-    return f"Latent Scaling {subject}{'; ' + rest if rest else ''}."
+    if found.confirmed == found.claimed:
+        subject = "confirms it" if found.confirmed == 1 else f"confirms all {found.confirmed:,}"
+    else:
+        subject = f"confirms {found.confirmed:,} of them" if found.confirmed else "confirms none of them"
+    certainty = _certainty(found) if found.confirmed > 1 else ""
+    return f"Latent Scaling {subject}{certainty}{'; ' + rest if rest else ''}."
+
+
+def _by_design(method: Method) -> str:
+    """Tell apart from the findings what is exclusive because the recipe has groups that make it so."""
+    designed = method.all_designed()
+    if not designed.claimed:
+        return ""
+    many = designed.claimed > 1
+    number = plural(designed.claimed, "latent")
+    opening = (
+        f" Not counted: {number} that {'are' if many else 'is'} exclusive by design, because a group of the "
+        "recipe writes to one model only"
+    )
+    if designed.untested == designed.claimed:
+        return f"{opening}."
+    return f"{opening}; of {'these' if many else 'it'} Latent Scaling {_outcomes(designed)}."
 
 
 def _leaning(method: Method) -> str:
@@ -127,11 +181,14 @@ def _unclassed(method: Method) -> str:
     if not method.concentrated:
         return f"{opening}; which text each fires on was not recorded."
     if not found:
-        return f"{opening}; none puts more than 80 % of its activation on a single text."
+        return f"{opening}; none puts more than 80 % of its activation on a single text{_RARE}."
     listed = _join([f"{number:,} on {label}" for label, number in sorted(found, key=lambda pair: -pair[1])])
     total = sum(number for _, number in found)
     verb = "puts more than 80 % of its" if total == 1 else "put more than 80 % of their"
-    return f"{opening}; {total:,} {verb} activation on a single text ({listed})."
+    return f"{opening}; {total:,} {verb} activation on a single text ({listed}){_RARE}."
+
+
+_RARE = f", not counting those that fire on fewer than {CONCENTRATED_TOKENS} tokens"
 
 
 def what_is_read(method: Method) -> str:

@@ -9,7 +9,6 @@ import tyro
 from rich.console import Console
 
 from crosscoder_jax import cli
-from crosscoder_jax.activations.atomic import read_json
 from crosscoder_jax.commands import Calibrate, Diff, Evaluate, Report, Train
 from crosscoder_jax.language_models import HarvestConfig, TextSource
 from crosscoder_jax.report import ReportConfig
@@ -20,7 +19,9 @@ from experiments.quickstart.config import (
     crosscoder_command,
     difference_command,
     l1_command,
+    runs_to_show,
 )
+from experiments.quickstart.table import COLUMNS, table_rows
 from experiments.quickstart.texts import LABELS, write_texts
 
 _LAYER = 14
@@ -52,8 +53,9 @@ def run(config: Quickstart) -> None:
     for command in commands:
         _run_and_diff(command)
     report = config.folder / "report.html"
-    cli.report(Report(ReportConfig(tuple(command.output for command in commands)), report))
-    _print_summary([command.output for command in commands])
+    runs = runs_to_show(config, commands)
+    cli.report(Report(ReportConfig(runs), report))
+    print_table("held-out text", COLUMNS, table_rows(runs))
     Console().print(f"{time.monotonic() - started:.0f} s in all. Open {report}", soft_wrap=True)
 
 
@@ -99,26 +101,6 @@ def _run_and_diff(command: Train) -> None:
         cli.calibrate(Calibrate(run))
     cli.evaluate(Evaluate(run))
     cli.diff(Diff(run))
-
-
-def _print_summary(runs: list[Path]) -> None:
-    rows = []
-    for run in runs:
-        evaluation, summary = read_json(run / "evaluation.json"), read_json(run / "diff" / "summary.json")
-        claimed = sum(summary.get("counts", {}).get(name, 0) for name in ("base-only", "chat-only"))
-        has_classes = "counts" in summary
-        rows.append(
-            (
-                run.name,
-                f"{evaluation['fve']:.3f}",
-                f"{evaluation['l0_inference_rule']:.1f}",
-                f"{100 * evaluation['dead']:.1f} %",
-                str(claimed) if has_classes else "-",
-                str(summary.get("confirmed", "-")) if has_classes else "-",
-            )
-        )
-    columns = ("method", "variance explained", "L0", "dead", "claimed by the histogram", "confirmed")
-    print_table("held-out text", columns, rows)
 
 
 if __name__ == "__main__":

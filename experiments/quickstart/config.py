@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from crosscoder_jax.commands import Train
@@ -78,6 +79,16 @@ class FineTuneConfig:
     """Join documents to fill windows; otherwise a window is of one document, and short ones are left out."""
     seed: int = 0
     """Of the order of the windows."""
+
+
+def runs_to_show(config: Quickstart, made: Sequence[Train]) -> tuple[Path, ...]:
+    """Return the folders of the runs just made, and then of L1 runs that an earlier call left beside them.
+
+    They were trained on the same store, so a call without ``compare_l1`` is no reason to leave them out.
+    """
+    folders = [command.output for command in made]
+    earlier = sorted(config.folder.glob("l1-crosscoder-*/diff/summary.json"))
+    return tuple(dict.fromkeys(folders + [path.parent.parent for path in earlier]))
 
 
 def crosscoder_command(config: Quickstart) -> Train:
