@@ -148,11 +148,10 @@ def seconds_to_import(modules):
 
 
 def test_importing_the_package_takes_little_longer_than_importing_jax():
-    # In turns and best of three each, so that a busy machine slows both alike. Measured: 1.7 times as
-    # long, of which flax and optax are 0.4.
-    pairs = [(seconds_to_import("jax"), seconds_to_import("crosscoder_jax")) for _ in range(3)]
-    jax, ours = (min(times) for times in zip(*pairs, strict=True))
-    assert ours <= 2.5 * jax, f"{ours:.2f} s against {jax:.2f} s"
+    # The least of five ratios of neighbours: what comes in from outside slows one or the other at random,
+    # what the package imports slows it always. Measured: 1.7 times as long, of which flax and optax are 0.4.
+    ratios = [seconds_to_import("crosscoder_jax") / seconds_to_import("jax") for _ in range(5)]
+    assert min(ratios) <= 2.5, f"{ratios} times as long as importing jax"
 
 
 @pytest.mark.parametrize("name", ["ActivationStore", "load", "save", "push_to_hub"])
