@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import functools
 import itertools
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,25 +33,30 @@ def parse_options(
         description: what ``--help`` says before the options.
 
     Raises:
-        ValueError: if an option is mistyped, naming the nearest, a flag is given a value, or the file is
-            not a config of this class, naming the field.
-        OSError: if the file cannot be read.
-        SystemExit: from ``--help``, or after saying what is wrong with the value of an option.
+        ValueError: if an option is mistyped, naming the nearest, a flag is given a value, an option has
+            a value that the config refuses, or the file is missing or not a config of this class, naming the
+            field.
+        SystemExit: from ``--help``, or after saying which option lacks a value of its type.
     """
     options, file = _take_config_file(options)
     _refuse_typos(config_class, options)
-    default: dict[str, Any] = {}
-    if file is not None:
-        default["default"] = config_from_json(config_class, read_json(file), where=str(file))
-    return tyro.cli(
-        config_class,
-        prog=prog,
-        description=f"{description}\n\n--config FILE reads the options of an earlier run.",
-        args=list(options),
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=_REGISTRY,
-        **default,
-    )
+    saved = {} if file is None else _read_config(config_class, file)
+    try:
+        return tyro.cli(
+            # A class would have its own errors shown as faults of the syntax; a function's are left alone.
+            functools.partial(config_class, **saved),
+            prog=prog,
+            description=f"{description}\n\n--config FILE reads the options of an earlier run.",
+            args=list(options),
+            config=(tyro.conf.OmitArgPrefixes,),
+            registry=_REGISTRY,
+        )
+    except _TextError as error:
+        raise ValueError(str(error)) from error
+
+
+class _TextError(Exception):
+    """A text that is not understood; no ValueError, for which tyro would show the usage in its place."""
 
 
 def option_types(config_class: type) -> dict[str, Any]:
@@ -64,6 +71,26 @@ def option_types(config_class: type) -> dict[str, Any]:
         is_nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
         types |= option_types(kind) if is_nested else {name.replace("_", "-"): kind}
     return types
+
+
+def name_flags(message: str, config_class: type) -> str:
+    """Return a message with every ``name=`` that is an option of the config written as its flag.
+
+    Examples:
+        >>> name_flags("share=2 needs batch_size=8", dataclasses.make_dataclass("C", [("batch_size", int)]))
+        'share=2 needs --batch-size=8'
+    """
+    names = "|".join(name.replace("-", "_") for name in option_types(config_class))
+    # Not inside a word, a quoted value or the fields of a text.
+    pattern = rf"(?<![\w'\"?&./-])({names})="
+    return re.sub(pattern, lambda found: f"--{found[1].replace('_', '-')}=", message)
+
+
+def _read_config(config_class: type, file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"--config {file}: there is no such file: name a .command.json beside a result")
+    config = config_from_json(config_class, read_json(file), where=str(file))
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _take_config_file(options: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -104,13 +131,20 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 @_REGISTRY.primitive_rule
 def _text_source(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Read a text as ``label=location``."""
+    """Read a text as :meth:`TextSource.parse` does."""
     if info.type is not TextSource:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="LABEL=LOCATION",
-        instance_from_str=lambda args: TextSource.parse(args[0]),
+        metavar="LABEL=LOCATION[?FIELD=VALUE&...]",
+        instance_from_str=lambda args: _parse_text(args[0]),
         is_instance=lambda instance: isinstance(instance, TextSource),
-        str_from_instance=lambda text: [f"{text.label}={text.location}"],
+        str_from_instance=lambda text: [str(text)],
     )
+
+
+def _parse_text(given: str) -> TextSource:
+    try:
+        return TextSource.parse(given)
+    except ValueError as error:
+        raise _TextError(str(error)) from error

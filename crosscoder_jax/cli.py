@@ -6,6 +6,7 @@ to a page of evidence. Every mistake of the user is one line on standard error.
 
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,31 +17,64 @@ from rich.console import Console
 
 from crosscoder_jax.activations.atomic import write_bytes_atomically, write_json_atomically
 from crosscoder_jax.activations.manifest import Manifest
-from crosscoder_jax.arguments import parse_options
+from crosscoder_jax.arguments import name_flags, parse_options
 from crosscoder_jax.commands import Calibrate, Diff, Encode, Evaluate, Export, ImportActs, Report, Train
 from crosscoder_jax.configs import config_from_json, config_to_json
 from crosscoder_jax.language_models import HarvestConfig
+from crosscoder_jax.outputs import check_file, check_folder, check_vacant
 from crosscoder_jax.terminal import print_table, progress_bar
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from crosscoder_jax.activations.store import ActivationStore
     from crosscoder_jax.training.runs import Run
     from crosscoder_jax.training.tracking import Tracker
 
 _EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 _NOTABLE_OUTLIER_SHARE = 0.5
 """Layers of real models, without their attention sinks, have 0.01 to 0.04."""
+_LABELS_AT_ONCE = 1 << 24
+_NOTABLE_EPOCHS = 1000
+"""Published runs see their tokens once; small planted ones have taken hundreds of epochs."""
 
 
 def harvest(config: HarvestConfig) -> None:
     """Run two models on the same text and store their activations."""
     from crosscoder_jax.language_models import harvest as run_harvest
 
-    _save_command(config, Path(config.store).with_name(Path(config.store).name + ".command.json"))
+    check_folder(config.store)
     with progress_bar("harvest") as progress:
-        manifest = run_harvest(config, progress)
+        manifest = run_harvest(
+            config, progress, on_accepted=lambda: _save_command(config, _command_beside(config.store))
+        )
     _print_store(config.store, manifest)
+    _warn_of_ended_texts(config, manifest)
+
+
+def _warn_of_ended_texts(config: HarvestConfig, manifest: Manifest) -> None:
+    """Say which texts ended before they had given their share of the tokens."""
+    ended = manifest.provenance["texts"]["ended"]
+    if not ended:
+        return
+    kept = _tokens_by_label(config.store)
+    shares = {text.label: text.share for text in config.texts}
+    for label in ended:
+        asked = round(config.max_tokens * shares[label] / sum(shares.values()))
+        if kept[label] < asked:
+            _warn(f"text {label!r} ended early: {kept[label]:,} tokens kept of {asked:,} asked for")
+
+
+def _tokens_by_label(store: str | Path) -> dict[str, int]:
+    from crosscoder_jax.activations.store import ActivationStore
+
+    opened = ActivationStore.open(store)
+    labels = opened.manifest.labels
+    counts = np.zeros(len(labels), np.int64)
+    for start in range(0, opened.num_tokens, _LABELS_AT_ONCE):
+        column = opened.labels(start, min(start + _LABELS_AT_ONCE, opened.num_tokens))
+        counts += np.bincount(column, minlength=len(labels))
+    return dict(zip(labels, counts.tolist(), strict=True))
 
 
 def _warn_of_outliers(manifest: Manifest) -> None:
@@ -62,6 +96,7 @@ def train(config: Train) -> None:
     from crosscoder_jax.training.loop import RunOptions, fit_together
     from crosscoder_jax.training.memory import runs_at_once
 
+    check_folder(config.output)
     store = ActivationStore.open(config.store)
     runs = config.runs()
     commands = {run.output: run for run in runs}
@@ -74,6 +109,7 @@ def train(config: Train) -> None:
         config.checkpoint_every,
         config.null_data(),
     )
+    _warn_of_epochs(config, store)
     _warn_of_outliers(store.manifest)
     if len(runs) > 1:
         Console().print(f"{len(runs)} crosscoders, {runs_at_once(recipes, mesh)} in turns over each read")
@@ -91,6 +127,21 @@ def train(config: Train) -> None:
         Console().print(f"crosscoder: {run.output / 'crosscoder'}")
     if len(runs) > 1:
         _save_command(config, config.output / "train.command.json")
+
+
+def _warn_of_epochs(config: Train, store: "ActivationStore") -> None:
+    """Say when training would see its tokens more often than they can teach anything new."""
+    from crosscoder_jax.activations.view import TokenView
+
+    held_out = TokenView.of_split(store, config.split(), held_out=True)
+    num_tokens = store.num_tokens - held_out.num_tokens
+    seen = config.num_steps * config.batch_size
+    if 0 < _NOTABLE_EPOCHS * num_tokens < seen:
+        _warn(
+            f"--num-steps {config.num_steps} of --batch-size {config.batch_size} are "
+            f"{seen / num_tokens:,.0f} epochs of "
+            f"the {num_tokens:,} tokens to train on: take fewer steps, or harvest more tokens"
+        )
 
 
 def _begin(run: Train) -> "Sequence[Tracker]":
@@ -119,7 +170,7 @@ def evaluate(config: Evaluate) -> None:
     record: dict[str, Any] = {"split": "held-out", "measured_on": measured_on}
     if config.splice:
         metrics |= _spliced(config, run)
-        texts = [f"{text.label}={text.location}" for text in config.splice_texts or ()]
+        texts = [str(text) for text in config.splice_texts or ()]
         record["spliced_on"] = ", ".join(texts) or "held-out"
     write_json_atomically(config.run / "evaluation.json", {**record, **metrics})
     _save_command(config, config.run / "evaluate.command.json")
@@ -165,6 +216,8 @@ def diff(config: Diff) -> None:
     """Write decoder norms, classes and Latent Scaling of every latent as one table."""
     from crosscoder_jax.diffing import DiffConfig, diff_run, write_diff
     from crosscoder_jax.diffing.nulls import read_null_counts
+    from crosscoder_jax.report.files import read_run
+    from crosscoder_jax.report.gaps import stale_files
     from crosscoder_jax.sharding import Shardings, on_mesh
     from crosscoder_jax.training.runs import Run
 
@@ -180,6 +233,8 @@ def diff(config: Diff) -> None:
         result.summary["null"] = null_counts
     write_diff(result, config.run / "diff")
     _save_command(config, config.run / "diff.command.json")
+    for sentence in stale_files(read_run(config.run)):
+        _warn(sentence)
     _print_exclusive(config.run, result.summary)
     Console().print(f"table: {config.run / 'diff' / 'latents.parquet'}")
 
@@ -210,7 +265,9 @@ def report(config: Report) -> None:
     """Write one self-contained HTML page about one or several diffed runs."""
     from crosscoder_jax.report import write_report
 
-    path = write_report(config.content, config.output)
+    if not config.output.is_dir():
+        check_file(config.output)
+    path = write_report(config.content, config.output, tell=_warn)
     _save_command(config, path.with_suffix(".command.json"))
     Console().print(f"report: {path}")
 
@@ -222,6 +279,7 @@ def encode(config: Encode) -> None:
     from crosscoder_jax.interop import encode_array, load, load_provenance, locate
     from crosscoder_jax.sources import Sources
 
+    check_file(config.output)
     place = locate(config.crosscoder)
     crosscoder = load(place)
     recorded = load_provenance(place).get("stored_sources")
@@ -230,7 +288,9 @@ def encode(config: Encode) -> None:
     encoded = encode_array(crosscoder, acts, stored=stored, batch_size=config.batch_size)
     buffer = io.BytesIO()
     np.savez(buffer, indices=encoded.indices, values=encoded.values, recon=encoded.recon)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomically(config.output, buffer.getvalue())
+    _save_command(config, config.output.with_suffix(".command.json"))
     Console().print(f"{len(acts):,} tokens, at most {encoded.indices.shape[-1]} active: {config.output}")
 
 
@@ -238,13 +298,14 @@ def import_acts(config: ImportActs) -> None:
     """Write a store from activations that dictionary_learning or SAELens cached."""
     from crosscoder_jax.interop.caches import import_activations
 
+    check_folder(config.store)
     texts = config.texts()
     vocabulary = None if config.tokenizer is None else _vocabulary(config.tokenizer)
     with progress_bar("import") as progress:
         manifest = import_activations(
             config.store, texts, models=config.models(), vocabulary=vocabulary, progress=progress
         )
-    _save_command(config, config.store.with_name(config.store.name + ".command.json"))
+    _save_command(config, _command_beside(config.store))
     _print_store(config.store, manifest)
 
 
@@ -252,8 +313,10 @@ def export(config: Export) -> None:
     """Write a crosscoder of any known format in another one."""
     from crosscoder_jax.interop import load, save
 
+    check_vacant(config.output)
     crosscoder = load(config.crosscoder, sources=config.source_names or None, scales=config.scales or None)
     folder = save(crosscoder, config.output, format=config.format)
+    _save_command(config, _command_beside(folder))
     Console().print(f"{config.format}: {folder}", soft_wrap=True)
 
 
@@ -261,23 +324,28 @@ def export(config: Export) -> None:
 class _Command:
     config: type
     run: Callable[[Any], None]
+    is_resumed: bool = False
+    """Whether the same command, given again, goes on where it was stopped."""
 
 
 COMMANDS = {
-    "harvest": _Command(HarvestConfig, harvest),
-    "train": _Command(Train, train),
+    "harvest": _Command(HarvestConfig, harvest, is_resumed=True),
+    "train": _Command(Train, train, is_resumed=True),
     "calibrate": _Command(Calibrate, calibrate),
     "evaluate": _Command(Evaluate, evaluate),
     "diff": _Command(Diff, diff),
     "report": _Command(Report, report),
-    "import-acts": _Command(ImportActs, import_acts),
+    "import-acts": _Command(ImportActs, import_acts, is_resumed=True),
     "encode": _Command(Encode, encode),
     "export": _Command(Export, export),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 2 for wrong usage and 1 for any other mistake of the user."""
+    """Run one command.
+
+    Exits with 2 for wrong usage, 1 for any other mistake of the user, 130 when interrupted.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         Console(soft_wrap=True).print(_overview(), highlight=False, markup=False)
@@ -291,9 +359,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command.run(parse(name, options))
     except KeyboardInterrupt:
-        _fail("interrupted: the same command goes on from what is saved", 130)
+        way = "goes on from what is saved" if command.is_resumed else "begins anew"
+        _print_error(f"interrupted: the same command, given again, {way}")
+        _leave_at_once(130)
     except _EXPECTED_ERRORS as error:
-        _fail(str(error) or type(error).__name__, 1)
+        _fail(name_flags(_described(error), command.config), 1)
+
+
+def _leave_at_once(code: int) -> None:
+    """End the process without the interpreter's farewell.
+
+    XLA goes on with a compilation whose waiting was interrupted, in a thread of its own; the interpreter
+    would take the client away from under it, and the process would end in a segmentation fault.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _described(error: BaseException) -> str:
+    """Return what an error says; of one from the operating system the path first, without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}: check the path"
+    return str(error) or type(error).__name__
 
 
 def parse(name: str, options: Sequence[str]) -> Any:
@@ -334,7 +422,14 @@ def _save_command(config: Any, path: Path) -> None:
     write_json_atomically(path, config_to_json(config))
 
 
+def _command_beside(folder: str | Path) -> Path:
+    """Return where the command that wrote a folder is kept."""
+    return Path(f"{os.path.abspath(folder)}.command.json")
+
+
 def _read_array(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file: name a .npy file, as numpy.save writes it")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -359,12 +454,18 @@ def _overview() -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {_one_line(message)}", highlight=False)
+    _print_error(message)
     raise SystemExit(code)
 
 
+def _print_error(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {_one_line(message)}", highlight=False)
+
+
 def _warn(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/yellow] {message}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(
+        f"[yellow]warning:[/yellow] {_one_line(message)}", highlight=False
+    )
 
 
 def _one_line(message: str) -> str:

@@ -124,7 +124,7 @@ class Train:
     coordinates: no latent is exclusive by right. "swap-documents" swaps them in every second document: the
     two exclusive classes differ by chance. "same-model" reads the first one twice: nothing differs."""
     held_out: float = 0.1
-    """Share of the documents that training does not see."""
+    """Share of the documents that training does not see, and every later command measures on; above 0."""
     window_tokens: int = 1 << 17
     """Tokens shuffled together; memory holds two windows."""
     log_every: int = 10
@@ -287,7 +287,16 @@ class Train:
         return Sources((change,) if self.reads == "difference" else (before, change))
 
     def split(self) -> Split:
-        """Return which documents are held out."""
+        """Return which documents are held out.
+
+        Raises:
+            ValueError: if none would be, on which every later command measures, or all of them.
+        """
+        if not 0 < self.held_out < 1:
+            raise ValueError(
+                f"held_out={self.held_out} must lie between 0 and 1: calibrate, evaluate and diff measure on "
+                "the documents that are held out"
+            )
         return Split(self.held_out)
 
 
@@ -308,7 +317,8 @@ class Evaluate:
     splice: bool = False
     """Also run the models with reconstructions spliced in: cross-entropy and KL recovered."""
     splice_texts: tuple[TextSource, ...] | None = None
-    """Texts that were not trained on; the held-out documents of the harvest's texts by default."""
+    """Texts that were not trained on, each ``label=location`` as for ``harvest --texts``; the held-out
+    documents of the harvest's texts by default."""
     splice_tokens: int = 100_000
     """Predictions to count."""
     splice_batch_size: int | None = None
@@ -419,9 +429,12 @@ class Encode:
     crosscoder: Path
     """Folder or file of any known format, or a Hub repository `owner/name`."""
     acts: Path
-    """A .npy file of raw activations, [token, source, width] or [token, width]."""
+    """A .npy file of raw activations, [token, source, width] where all sources have one width, or
+    [token, summed width] with the sources one after the other."""
     output: Path
-    """The .npz file to write: indices, values (padded per token) and recon."""
+    """The .npz file to write: indices and values of the active latents, [token, k], or [token, source, k]
+    where each source has a code of its own, filled up with -1 and 0; recon, [token, summed width], in raw
+    activation units. Its folder is made if missing."""
     batch_size: int = 1024
     """Tokens encoded at once."""
 
@@ -433,7 +446,7 @@ class Export:
     crosscoder: Path
     """Folder or file of any known format, or a Hub repository `owner/name`."""
     output: Path
-    """The folder to write into."""
+    """The folder to write; made if missing, and refused if it holds anything."""
     format: Literal[
         "crosscoder_jax",
         "dictionary_learning",

@@ -18,14 +18,18 @@ from safetensors.numpy import save as serialize
 
 from crosscoder_jax.activations.atomic import (
     as_read_back,
+    is_temporary,
     read_json,
     write_bytes_atomically,
     write_json_atomically,
 )
 from crosscoder_jax.configs import config_from_json, config_to_json
 from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig
+from crosscoder_jax.outputs import check_folder, listed
 from crosscoder_jax.sharding import Shardings, check_divisible, place
 
+FORMAT = "crosscoder_jax"
+"""What ``config.json`` calls the package's own format."""
 FORMAT_VERSION = 1
 _SPREAD = {
     "w_enc": "w_enc_wl",
@@ -50,19 +54,21 @@ def save(crosscoder: Crosscoder, folder: str | Path, *, provenance: Mapping[str,
 
     Args:
         crosscoder: what to save; every tensor in its own dtype.
-        folder: made if missing.
+        folder: made if missing; a crosscoder that was saved there is replaced, nothing else is.
         provenance: plain data about models, layer, tokens and recipe, kept in ``config.json``.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if the provenance is not plain data; nothing is then written.
+        ValueError: if the provenance is not plain data, or the folder holds anything but a crosscoder that
+            was saved there; nothing is then written.
         OSError: if a file cannot be written.
     """
     folder = Path(folder)
+    _refuse_strangers(folder)
     document = {
-        "format": "crosscoder_jax",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "crosscoder": config_to_json(crosscoder.config),
         "provenance": as_read_back(dict(provenance or {})),
@@ -159,6 +165,27 @@ def weights_sha256(folder: str | Path) -> str:
     return str(_read_document(Path(folder))["weights_sha256"])
 
 
+def is_saved(folder: Path) -> bool:
+    """Tell whether a folder holds a crosscoder that :func:`save` wrote, sound or not."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    document = read_json(path)
+    return isinstance(document, dict) and document.get("format") == FORMAT
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Refuse a folder that holds anything but a saved crosscoder or what a stopped save left."""
+    check_folder(folder)
+    if not folder.is_dir() or is_saved(folder):
+        return
+    names = sorted(path.name for path in folder.iterdir() if not is_temporary(path) and path.name != _STAGED)
+    if names:
+        raise ValueError(
+            f"{folder}: holds {listed(names)} and no saved crosscoder to replace: choose another folder"
+        )
+
+
 def _names(crosscoder: Crosscoder) -> tuple[str, ...]:
     return _TENSORS if crosscoder.latent_threshold is None else (*_TENSORS, "latent_threshold")
 
@@ -168,7 +195,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: is missing: {folder} holds no saved crosscoder")
     document = read_json(path)
-    if not isinstance(document, dict) or document.get("format") != "crosscoder_jax":
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{path}: is not a crosscoder saved by this package")
     if document.get("format_version") != FORMAT_VERSION:
         raise ValueError(

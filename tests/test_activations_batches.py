@@ -74,7 +74,7 @@ def test_impossible_ranges_are_refused(store, ranges):
 
 
 def test_a_split_that_leaves_nothing_is_refused_with_the_remedy(store):
-    with pytest.raises(ValueError, match="change its fraction"):
+    with pytest.raises(ValueError, match="change the share"):
         TokenView.of_split(store, Split(fraction=0.0), held_out=True)
 
 

@@ -13,6 +13,7 @@ ROOMS = [
     "lazy",
     "typing",
     "configs",
+    "outputs",
     "sources",
     "sharding",
     "groups",

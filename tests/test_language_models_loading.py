@@ -19,12 +19,12 @@ from language_models_cases import BLOCKS, WIDTH, byte_level_tokenizer, random_mo
 from crosscoder_jax.language_models.config import ModelReference
 from crosscoder_jax.language_models.loading import (
     ModelFacts,
-    default_device,
     load_model,
     load_tokenizer,
     quiet,
     read_facts,
     sha256_of_files,
+    usable_device,
 )
 
 
@@ -223,4 +223,4 @@ def test_an_unknown_commit_stays_with_the_branch_asked():
 
 
 def test_the_default_device_can_be_used():
-    torch.zeros(1, device=default_device())
+    torch.zeros(1, device=usable_device(None))

@@ -187,9 +187,12 @@ def _parsed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _why_no_manifest(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{folder}: there is no such folder: write an activation store there first"
+        return f"{folder}: there is no such folder: name a store, or write one with 'crosscoder-jax harvest'"
     if not (folder / PARTIAL_NAME).is_file():
-        return f"{folder}: {MANIFEST_NAME} is missing: this is no activation store, or its manifest was lost"
+        return (
+            f"{folder}: {MANIFEST_NAME} is missing: this is no activation store, or its manifest was lost: "
+            "write one with 'crosscoder-jax harvest'"
+        )
     state = read_json(folder / PARTIAL_NAME)
     count = state.get("num_tokens") if isinstance(state, dict) else None
     return (

@@ -19,8 +19,7 @@ class TokenView:
         lengths = ranges[:, 1] - ranges[:, 0]
         if not len(ranges) or np.any(lengths <= 0) or np.any(ranges[1:, 0] < ranges[:-1, 1]):
             raise ValueError(
-                f"{store.path}: {len(ranges)} token ranges: a view needs at least one, none empty, in order: "
-                "if a split leaves nothing, change its fraction or write more documents"
+                f"{store.path}: {len(ranges)} token ranges: a view needs at least one, none empty, in order"
             )
         if ranges[0, 0] < 0 or ranges[-1, 1] > store.num_tokens:
             raise ValueError(f"{store.path}: token ranges reach beyond the store's {store.num_tokens} tokens")
@@ -35,7 +34,14 @@ class TokenView:
         Raises:
             ValueError: if that side has no document.
         """
-        return cls(store, split.token_ranges(store, held_out=held_out))
+        ranges = split.token_ranges(store, held_out=held_out)
+        if not len(ranges):
+            side = "holds out none" if held_out else "leaves none to train on"
+            raise ValueError(
+                f"{store.path}: a held-out share of {split.fraction} {side} of its "
+                f"{store.manifest.num_documents} documents: change the share, or write more documents"
+            )
+        return cls(store, ranges)
 
     @property
     def num_tokens(self) -> int:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from crosscoder_jax import publishing
-from crosscoder_jax.activations.atomic import read_json
 from crosscoder_jax.crosscoder import Crosscoder
 from crosscoder_jax.interop import (
     crosscode,
@@ -19,12 +18,15 @@ from crosscoder_jax.interop import (
 )
 from crosscoder_jax.interop.format import Format, Hints
 from crosscoder_jax.interop.tensor_file import TensorFile
+from crosscoder_jax.outputs import check_vacant, made_folder
 from crosscoder_jax.sharding import Shardings
 from crosscoder_jax.sources import Sources
 
-OWN = "crosscoder_jax"
+OWN = publishing.FORMAT
 """Name of the package's own format, the only one that keeps everything."""
 _OWN_FILE = "crosscoder.safetensors"
+_CONFIGS = ("config.json", "cfg.json", "model_cfg.yaml")
+"""What formats call the file beside their tensors."""
 
 FORMATS: dict[str, Format] = {
     known.name: known
@@ -108,7 +110,8 @@ def save(
 
     Args:
         crosscoder: what to save.
-        folder: made if missing.
+        folder: made if missing; a crosscoder of the same format that was saved there is replaced, nothing
+            else is.
         format: ``"crosscoder_jax"`` or one of :data:`FORMATS`.
         provenance: plain data about models, layer, tokens and recipe; in the own format only.
 
@@ -116,8 +119,8 @@ def save(
         The folder.
 
     Raises:
-        ValueError: if the format is unknown or cannot hold the crosscoder, saying why; nothing is
-            then written.
+        ValueError: if the format is unknown or cannot hold the crosscoder, saying why, or the folder
+            holds something else; nothing is then written.
         OSError: if a file cannot be written.
     """
     if format == OWN:
@@ -126,8 +129,10 @@ def save(
         raise ValueError(f"provenance cannot be kept by {format!r}: leave it out, or save as {OWN!r}")
     writer = _named(format)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    writer.write(crosscoder, folder)
+    if not _holds_only(writer, folder):
+        check_vacant(folder)
+    with made_folder(folder):
+        writer.write(crosscoder, folder)
     return folder
 
 
@@ -152,20 +157,19 @@ def locate(path: str | Path, *, revision: str | None = None) -> Path:
 
 
 def _hub_files() -> list[str]:
-    configs = ("config.json", "cfg.json", "model_cfg.yaml")
-    return [_OWN_FILE, *configs, *(name for known in FORMATS.values() for name in known.files)]
+    return [_OWN_FILE, *_CONFIGS, *(name for known in FORMATS.values() for name in known.files)]
 
 
 def _is_own(place: Path) -> bool:
     if place.is_file():
         return place.name == _OWN_FILE
-    if (place / _OWN_FILE).is_file():
-        return True
-    config = place / "config.json"
-    if not config.is_file():
-        return False
-    document = read_json(config)
-    return isinstance(document, dict) and document.get("format") == OWN
+    return (place / _OWN_FILE).is_file() or publishing.is_saved(place)
+
+
+def _holds_only(format: Format, folder: Path) -> bool:
+    """Tell whether a folder holds a crosscoder of a format, by the names of its files, and nothing beside."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return bool(held & {*format.files}) and held <= {*format.files, *_CONFIGS}
 
 
 def _only_file(folder: Path, format: str | None) -> Path:

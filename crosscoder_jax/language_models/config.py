@@ -1,12 +1,15 @@
 """What to harvest: models, layers, texts and what is kept of them. Nothing here needs torch."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from urllib.parse import parse_qsl
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 STORED_DTYPES = ("bfloat16", "float32")
 """Never float16: residual streams pass its largest number, 65,504."""
+_TEXT_FIELDS = ("subset", "split", "column", "share", "unit")
+"""What can be said of a text beside its label and its location."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class TextSource:
 
     @classmethod
     def parse(cls, text: str) -> "TextSource":
-        """Read ``label=location``, with more fields after a question mark.
+        """Read ``label=location``, with more fields after a question mark, joined by ``&``.
 
         >>> TextSource.parse("web=HuggingFaceFW/fineweb?subset=sample-10BT&share=2").share
         2.0
@@ -96,17 +99,30 @@ class TextSource:
         location, _, query = rest.partition("?")
         if not equals or not label or not location:
             raise ValueError(f"text {text!r} must be label=location, such as novel=moby.jsonl")
-        fields = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
-        known = ("subset", "split", "column", "share", "unit")
-        if unknown := sorted(set(fields) - set(known)):
+        given: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+        if unknown := sorted(set(given) - set(_TEXT_FIELDS)):
             raise ValueError(
-                f"text {text!r} has the unknown field {unknown[0]!r}: the fields are {', '.join(known)}"
+                f"text {text!r} has the unknown field {unknown[0]!r}: the fields are "
+                f"{', '.join(_TEXT_FIELDS)}"
             )
-        share = fields.pop("share", "1")
+        if empty := sorted(name for name in given if not given[name]):
+            raise ValueError(f"text {text!r} has no value of {empty[0]!r}: write {empty[0]}=VALUE")
+        if "share" in given:
+            given["share"] = _share(text, given["share"])
         try:
-            return cls(label, location, share=float(share), **fields)
+            return cls(label, location, **given)
         except ValueError as error:
             raise ValueError(f"text {text!r}: {error}") from error
+
+    def __str__(self) -> str:
+        """Write what :meth:`parse` reads.
+
+        >>> str(TextSource("web", "some/data", subset="a b", share=2.0))
+        'web=some/data?subset=a+b&share=2.0'
+        """
+        defaults = {field.name: field.default for field in fields(self)}
+        given = {name: getattr(self, name) for name in _TEXT_FIELDS if getattr(self, name) != defaults[name]}
+        return f"{self.label}={self.location}{'?' if given else ''}{urlencode(given)}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +140,11 @@ class HarvestConfig:
     chat: str
     """The model after, sharing the tokenizer. Its source is named ``chat``. May be the same as ``base``."""
     texts: tuple[TextSource, ...]
-    """What both models read, mixed by tokens in the proportion of the shares."""
+    """What both models read, mixed by tokens in the proportion of the shares: each ``label=location``, the
+    location a file (json, jsonl, parquet, csv, tsv, txt; also with *), a folder or a hub id. After a question
+    mark may follow ``subset=NAME`` and ``split=NAME`` of a hub dataset, ``column=NAME`` to read in place of
+    a conversation or ``text``, ``share=NUMBER`` (1) and ``unit=line``, ``paragraph`` or ``file`` of a .txt
+    file, joined by & and in quotes: 'web=HuggingFaceFW/fineweb?subset=sample-10BT&share=2'."""
     layers: tuple[int, ...] | None = None
     """Blocks after which the residual stream is read, from 0. None is the middle one, ``blocks // 2``."""
     chat_layers: tuple[int, ...] | None = None
@@ -205,6 +225,13 @@ class SpliceConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.texts is not None:
             _check_texts(self.texts)
+
+
+def _share(text: str, given: str) -> float:
+    try:
+        return float(given)
+    except ValueError as error:
+        raise ValueError(f"text {text!r}: share={given} must be a number, such as share=2") from error
 
 
 def _check_texts(texts: tuple[TextSource, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ from crosscoder_jax.language_models.vocabulary import vocabulary_bytes
 from crosscoder_jax.typing import Progress
 
 
-def harvest(config: HarvestConfig, progress: Progress | None = None) -> Manifest:
+def harvest(
+    config: HarvestConfig,
+    progress: Progress | None = None,
+    *,
+    on_accepted: Callable[[], None] = lambda: None,
+) -> Manifest:
     """Store paired activations of two models on the same tokens.
 
     An unfinished store of the same config is completed from its last checkpoint, a finished one is returned
@@ -33,6 +39,8 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> Manifest
         config: Models, layers, texts and what is kept.
         progress: Told the ``models`` loaded, then the ``tokens`` kept so far; the total falls to what there
             is when the texts end first.
+        on_accepted: Called when models, texts and store have been found to fit, before the first token is
+            stored; not for a store that is finished.
 
     Returns:
         The manifest of the finished store.
@@ -56,6 +64,7 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> Manifest
         pair.check_texts()
         if writer is None:
             writer = stack.enter_context(_open_writer(config, plan, settings))
+        on_accepted()
         return _Run(config, pair, writer, progress).finish(plan)
 
 

@@ -103,9 +103,22 @@ def load_tokenizer(reference: ModelReference) -> Any:
         return transformers.AutoTokenizer.from_pretrained(reference.expanded, **_where(reference))
 
 
-def default_device() -> str:
-    """Name the first GPU, or the CPU where there is none."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def usable_device(name: str | None) -> str:
+    """Return the device of this name, or for None the first GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: when torch cannot use it.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device={name!r} cannot be used ({_first_line(error)}): take 'cpu', or leave it out for a GPU "
+            "where there is one"
+        ) from error
+    return name
 
 
 @contextlib.contextmanager
@@ -144,7 +157,10 @@ def _where(reference: ModelReference) -> dict[str, Any]:
 def _check_reference(reference: ModelReference) -> None:
     if not reference.is_local:
         if reference.location.startswith((".", "/", "~")) or reference.location.count("/") > 1:
-            raise ValueError(f"model {reference}: there is no folder {reference.location}")
+            raise ValueError(
+                f"model {reference}: there is no folder {reference.location}: name one that there is, or a "
+                "hub id owner/name"
+            )
         return
     if reference.revision is not None:
         raise ValueError(f"model {reference}: revision is for models on the hub, this is a local folder")
@@ -176,7 +192,13 @@ def _model_errors(reference: ModelReference) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        place = "" if reference.is_local else "is no folder here, and from the hub it "
         raise ValueError(
-            f"model {reference} cannot be loaded: {reason} (name a hub id, a local folder or a .gguf file)"
+            f"model {reference} {place}cannot be loaded: {_first_line(error)} (name a hub id, a local folder "
+            "or a .gguf file)"
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what a library's error says first, or what it is called where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ from crosscoder_jax.language_models.batches import Kept, OutlierLimits, kept_row
 from crosscoder_jax.language_models.capture import capture_residuals, check_capture
 from crosscoder_jax.language_models.config import HarvestConfig, TextSource
 from crosscoder_jax.language_models.documents import Encoder, Window, WindowStream
-from crosscoder_jax.language_models.loading import default_device, load_model, load_tokenizer
+from crosscoder_jax.language_models.loading import load_model, load_tokenizer, usable_device
 from crosscoder_jax.language_models.plan import Plan, read_template
 from crosscoder_jax.language_models.tokenizers import check_tokenizers_agree
 from crosscoder_jax.typing import Progress
@@ -32,14 +32,15 @@ class ModelPair:
         uses_head: Whether the models' predictions are wanted too.
 
     Raises:
-        ValueError: when the tokenizers disagree, a model cannot be loaded or its layers cannot be read.
+        ValueError: when the device cannot be used, the tokenizers disagree, a model cannot be loaded or its
+            layers cannot be read.
     """
 
     def __init__(
         self, config: HarvestConfig, plan: Plan, progress: Progress | None = None, *, uses_head: bool = False
     ):
         self._config, self._plan = config, plan
-        self.device = config.device or default_device()
+        self.device = usable_device(config.device)
         self.tokenizer, self.template = _load_tokenizers(config, plan)
         self._models = _load_models(config, plan, self.device, progress, uses_head=uses_head)
 

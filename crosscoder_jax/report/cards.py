@@ -27,7 +27,10 @@ from crosscoder_jax.report.outcomes import is_beyond, verdict_words
 from crosscoder_jax.report.text import quoted, visible
 from crosscoder_jax.report.wording import what_is_read
 
-NO_SNIPPETS = "No snippets were kept for this latent: they are stored for the strongest latents only."
+NO_SNIPPETS = (
+    "No snippets were kept for this latent: they are stored for the strongest latents only, for more of them "
+    "with crosscoder-jax diff --num-snippet-latents."
+)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,11 @@ def stale_parts(methods: Sequence[Method]) -> tuple[str, ...]:
     )
 
 
+def stale_files(files: RunFiles) -> tuple[str, ...]:
+    """Say of one run, in a sentence each, what :func:`stale_parts` says of several."""
+    return tuple(f"{files.folder}: its {what} {fault}" for what, fault in _faults(files))
+
+
 def _missing(files: RunFiles) -> Iterator[tuple[str, str]]:
     if not files.metrics:
         yield "no metrics.jsonl, so its training curves are left out", "crosscoder-jax train"

@@ -105,6 +105,12 @@ class TrainConfig:
         for name in ("adam_b1", "adam_b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        k = getattr(self.crosscoder.sparsity, "k", None) if self.l0 is None else self.l0.target
+        if k is not None and k > self.crosscoder.num_latents:
+            raise ValueError(
+                f"k={k} active latents per token are more than num_latents={self.crosscoder.num_latents}: "
+                "take fewer, or a larger dictionary"
+            )
         if isinstance(self.crosscoder.sparsity, JumpReLU) != (self.l0 is not None):
             raise ValueError(
                 f"sparsity={self.crosscoder.sparsity} and l0={self.l0} do not go together: JumpReLU is made "

@@ -82,6 +82,16 @@ def claim_folder(
         write_json_atomically(path, {**identity, **record})
 
 
+def refuse_store_folder(folder: Path, store: ActivationStore) -> None:
+    """Refuse a folder that is the store's, or lies in it: the files of a run are none of a store's.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if folder.resolve().is_relative_to(store.path.resolve()):
+        raise ValueError(f"output={folder} lies in the store {store.path}: choose a folder beside it")
+
+
 @contextlib.contextmanager
 def locked_folder(folder: Path, work: str) -> Iterator[None]:
     """Keep other processes off a run: they would take the files that this one is writing for leftovers.

@@ -29,6 +29,7 @@ from crosscoder_jax.training.folders import (
     locked_folder,
     provenance,
     refuse_other_run,
+    refuse_store_folder,
     run_identity,
 )
 from crosscoder_jax.training.journal import Journal
@@ -69,8 +70,8 @@ def fit(
         progress: told the steps done.
 
     Raises:
-        ValueError: if the folder holds another run or another process trains this one, the store lacks a
-            source, or a size does not spread over the mesh.
+        ValueError: if the folder holds another run or lies in the store, another process trains this one, the
+            store lacks a source or has not the tokens of a batch, or a size does not spread over the mesh.
         FloatingPointError: if a NaN or an infinity appears, naming step and tensor.
         OSError: if a checkpoint cannot be written.
     """
@@ -122,6 +123,7 @@ def fit_together(
     for config, folder in zip(configs, folders, strict=True):
         check_divisible("batch_size", config.batch_size, mesh, "data")
         check_divisible("num_latents", config.crosscoder.num_latents, mesh, "latent")
+        refuse_store_folder(folder, store)
         refuse_other_run(folder, run_identity(config, store, options))
     waiting = [
         _Run(config, folder, folder.name if len(configs) > 1 else "")
@@ -162,6 +164,7 @@ def _train(
 ) -> dict[Path, Crosscoder]:
     """Train some runs in turns over one read of the data; return what they end with by folder."""
     view = TokenView.of_split(store, options.split, held_out=False)
+    _require_a_batch(runs[0].config, view)
     with contextlib.ExitStack() as stack:
         stack.enter_context(on_mesh(mesh))
         started = _started(runs, view, Shardings.for_mesh(mesh), stack)
@@ -279,6 +282,14 @@ def _part_of(progress: Progress | None, index: int, parts: int) -> Progress | No
     if progress is None or parts == 1:
         return progress
     return lambda done, total, unit: progress(index * total + done, parts * total, unit)
+
+
+def _require_a_batch(config: TrainConfig, view: TokenView) -> None:
+    if config.batch_size > view.num_tokens:
+        raise ValueError(
+            f"batch_size={config.batch_size} is more than the {view.num_tokens} tokens of {view.store.path} "
+            "to train on: take smaller batches, or harvest more"
+        )
 
 
 def _require_one_order(configs: Sequence[TrainConfig], folders: Sequence[Path]) -> None:
