@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crosscoder_jax.arguments import option_types, parse_options
+from crosscoder_jax.arguments import name_flags, option_types, parse_options
 from crosscoder_jax.commands import Train
 from crosscoder_jax.configs import config_to_json
 from crosscoder_jax.language_models import HarvestConfig, TextSource
@@ -128,6 +128,66 @@ def test_help_says_what_the_command_does_and_that_files_are_read(capsys):
     assert "usage: loudly" in printed
     assert "Do it loudly." in printed
     assert "--config FILE reads the options of an earlier run." in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("novel", "text 'novel' must be label=location, such as novel=moby.jsonl"),
+        (
+            "a=b?shar=2",
+            "text 'a=b?shar=2' has the unknown field 'shar': the fields are subset, split, column",
+        ),
+    ],
+)
+def test_a_text_that_is_not_understood_is_refused_in_its_own_words(text, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - compared below
+        parse_options(HarvestConfig, ["--store", "s", "--base", "a", "--chat", "b", "--texts", text])
+    assert str(error.value).startswith(message)
+
+
+def test_what_the_config_refuses_is_no_fault_of_the_syntax():
+    options = shlex.split("--store s --base a --chat b --texts novel=moby.jsonl --context 0")
+    with pytest.raises(ValueError, match=r"^context=0 must be at least 1$"):
+        parse_options(HarvestConfig, options)
+
+
+def test_help_tells_all_that_can_be_said_of_a_text(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(HarvestConfig, ["--help"])
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for part in ("label=location", "subset=NAME", "split=NAME", "column=NAME", "share=NUMBER", "unit=line"):
+        assert part in printed
+
+
+def test_texts_of_a_config_file_keep_all_that_is_said_of_them(tmp_path):
+    texts = (TextSource("web", "some/data", subset="small", column="body", share=2.0),)
+    config = HarvestConfig("s", "a", "b", texts)
+    path = tmp_path / "s.command.json"
+    path.write_text(json.dumps(config_to_json(config)))
+    again = parse_options(HarvestConfig, ["--config", str(path), "--context", "32"])
+    assert again == dataclasses.replace(config, context=32)
+
+
+def test_a_config_file_that_is_not_there_is_named_with_what_to_name():
+    with pytest.raises(ValueError, match=r"^--config nowhere.json: there is no such file: name a \.command"):
+        parse_options(Train, [*REQUIRED, "--config", "nowhere.json"])
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("k=3 must be whole with sparsity='top-k'", "--k=3 must be whole with --sparsity='top-k'"),
+        ("give (batch_size=2), not bigk=3", "give (--batch-size=2), not bigk=3"),
+        (
+            "r2 holds another run: train.batch_size: 2, was 3",
+            "r2 holds another run: train.batch_size: 2, was 3",
+        ),
+        ("cache 'k=a' must be x/k=a or ?k=a&k=b", "cache 'k=a' must be x/k=a or ?k=a&k=b"),
+    ],
+)
+def test_fields_of_the_config_are_named_as_flags(message, expected):
+    assert name_flags(message, Train) == expected
 
 
 def test_texts_are_read_as_label_and_location():

@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import typing
 from html.parser import HTMLParser
 from pathlib import Path
@@ -575,3 +577,183 @@ def test_no_model_has_null_data_to_splice_into(pair, capsys):
     assert code == 1
     assert "was trained on null data, which no model has" in line
     assert not (pair / "null" / "evaluation.json").exists()
+
+
+def files_of(folder):
+    """Every file below a folder with its bytes."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("format", ["crosscoder_jax", "dictionary_learning"])
+def test_export_onto_a_run_or_any_folder_that_holds_something_is_refused(format, pair, capsys, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    crosscoder = shutil.copytree(pair / "real" / "crosscoder", tmp_path / "crosscoder")
+    for folder in (pair / "real", tmp_path / "notes", crosscoder):
+        before = files_of(folder)
+        options = ("--crosscoder", crosscoder, "--output", folder, "--format", format)
+        code, line = fails(capsys, "export", *options)
+        assert code == 1
+        assert line.startswith(f"error: {folder}: already holds ")
+        assert line.endswith(": choose another output folder")
+        assert files_of(folder) == before
+
+
+def test_a_refused_export_leaves_no_folder_behind(pair, capsys, tmp_path):
+    options = ("--crosscoder", pair / "real" / "crosscoder", "--output", tmp_path / "new" / "x")
+    assert fails(capsys, "export", *options, "--format", "openmoss")[0] == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encode_and_export_save_their_configs_beside_their_results(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save(tmp_path / "acts.npy", training_cases.activations(4, (5, 5)))
+    crosscoder = ["--crosscoder", str(pair / "real" / "crosscoder")]
+    cli.main(["encode", *crosscoder, "--acts", "acts.npy", "--output", "missing/folder/codes.npz"])
+    cli.main(["export", *crosscoder, "--output", "exported/v1.5/"])
+    encode = cli.parse("encode", ["--config", "missing/folder/codes.command.json"])
+    assert (encode.acts, encode.output) == (Path("acts.npy"), Path("missing/folder/codes.npz"))
+    export = cli.parse("export", ["--config", "exported/v1.5.command.json"])
+    assert (export.output, export.format) == (Path("exported/v1.5"), "crosscoder_jax")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --config nothere.json", "--config nothere.json: there is no such file"),
+        ("encode --crosscoder x --acts nofile.npy --output a.npz", "nofile.npy: there is no such file"),
+        ("encode --crosscoder x --acts a.npy --output folder", "folder: is a folder: name a file to write"),
+        ("encode --crosscoder x --acts a.npy --output file/a.npz", "file: cannot be a folder, since file is"),
+        ("export --crosscoder x --output file", "file: cannot be a folder, since file is a file: choose"),
+        ("train --store x --output file/run", "file/run: cannot be a folder, since file is a file: choose"),
+        ("train --store x --output run", "x: there is no such folder: name a store, or write one with"),
+        ("import-acts --base a=b --store file", "file: cannot be a folder, since file is a file: choose"),
+        ("report --runs x --output file/r.html", "file: cannot be a folder, since file is a file: choose"),
+    ],
+)
+def test_paths_that_cannot_be_are_one_line_with_the_path_and_the_remedy(
+    command, message, pair, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    given = shlex.split(command.replace("--crosscoder x", f"--crosscoder {pair / 'real' / 'crosscoder'}"))
+    code, line = fails(capsys, *given)
+    assert code == 1
+    assert line.startswith(f"error: {message}")
+    assert "Errno" not in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_missing_store_names_the_command_that_writes_one(capsys, tmp_path):
+    code, line = fails(capsys, "train", "--store", tmp_path / "stor", "--output", tmp_path / "run")
+    assert code == 1
+    assert "crosscoder-jax harvest" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--k 25",
+            "--k=25.0 active latents per token are more than --num-latents=24: take fewer, or a larger",
+        ),
+        ("--held-out 0", "--held-out=0.0 must lie between 0 and 1: calibrate, evaluate and diff measure on"),
+        ("--held-out 1", "--held-out=1.0 must lie between 0 and 1"),
+        ("--held-out 1e-9", "a held-out share of 1e-09 holds out none of its 75 documents: change the share"),
+        ("--held-out 0.999999", "a held-out share of 0.999999 leaves none to train on of its 75 documents"),
+        ("--batch-size 1500", "--batch-size=1500 is more than the 1100 tokens of"),
+        ("--output {store}", "lies in the store"),
+        ("--output {store}/run", "lies in the store"),
+        ("--output {store}/run --seeds 2", "lies in the store"),
+    ],
+)
+def test_training_that_makes_no_sense_is_refused_before_anything_is_written(
+    options, message, store, capsys, tmp_path
+):
+    # Of the store's 75 documents of 20 tokens, 20 are held out at a share of 0.25.
+    before = files_of(store)
+    asked = shlex.split(options.format(store=store))
+    code, line = fails(capsys, "train", "--store", store, "--output", tmp_path / "run", *SMALL, *asked)
+    assert code == 1
+    assert message in line
+    assert files_of(store) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("num_tokens", "is_told"), [(40, True), (80, False)])
+def test_more_than_a_thousand_epochs_are_said_to_be(num_tokens, is_told, tmp_path, capsys, monkeypatch):
+    from crosscoder_jax.training import loop
+
+    monkeypatch.setattr(loop, "fit_together", lambda *_, **__: [])
+    # Of documents 0 to 3, of 20 tokens each, 1 and 2 are held out: 20 or 40 tokens are left of 40 or 80.
+    training_cases.write_store(tmp_path / "store", num_tokens=num_tokens)
+    options = ["--num-steps", 501, "--batch-size", 40, "--held-out", 0.5]
+    train(tmp_path / "store", tmp_path / "run", *options)
+    told = (
+        "--num-steps 501 of --batch-size 40 are 1,002 epochs of the 20 tokens to train on: take fewer steps"
+    )
+    warned = capsys.readouterr().err
+    assert (told in warned) == is_told
+    assert ("epochs" in warned) == is_told
+
+
+def test_numbers_of_other_weights_or_another_store_are_said_by_diff_and_report(pair, capsys, tmp_path):
+    run = shutil.copytree(pair / "real", tmp_path / "run")
+    report = ["report", "--runs", str(run), "--output", str(tmp_path / "r.html")]
+    cli.main(report)
+    assert "warning" not in capsys.readouterr().err
+    measured = json.loads((run / "diff" / "summary.json").read_text())["measured_on"]
+    older = {"measured_on": measured | {"weights_sha256": "of weights since replaced"}}
+    (run / "evaluation.json").write_text(json.dumps(older))
+    cli.main(report)
+    again = f"run crosscoder-jax evaluate --run {run} again"
+    since = "is older than its crosscoder, which was calibrated or replaced since"
+    told = capsys.readouterr().err
+    assert re.search(rf"warning: The evaluation.json of the .* {since}: {again}", told)
+    assert told.count("warning") == 1
+    training_cases.write_store(tmp_path / "other", widths=(5, 5), num_tokens=1000)
+    cli.main(["diff", "--run", str(run), "--store", str(tmp_path / "other"), "--num-snippet-latents", "0"])
+    told = capsys.readouterr().err
+    assert f"warning: {run}: its evaluation.json {since}: {again}" in told
+    assert f"warning: {run}: its table in diff/ is of another store than it was trained on" in told
+
+
+INTERRUPTED = """
+import dataclasses, signal, sys
+from crosscoder_jax import cli
+from crosscoder_jax.commands import Evaluate
+
+def compile_for_long(config):
+    import jax, jax.numpy as jnp
+    jax.block_until_ready(jnp.zeros(3) + 1)
+    def slow(x):
+        for i in range(400):
+            x = jnp.sort(jnp.sin(x) @ x + i, axis=i % 2)
+        return x
+    lowered = jax.jit(slow).lower(jnp.zeros((8, 8)))
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    lowered.compile()
+    raise SystemExit("the compilation was over before it was interrupted")
+
+name = sys.argv[1]
+cli.COMMANDS[name] = dataclasses.replace(cli.COMMANDS[name], config=Evaluate, run=compile_for_long)
+cli.main([name, "--run", "x"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "way"), [("evaluate", "begins anew"), ("train", "goes on from what is saved")]
+)
+def test_an_interrupt_while_xla_compiles_ends_with_130_and_one_line(command, way):
+    # The interpreter's own end takes the compiler's client away under it: a segmentation fault.
+    script = [sys.executable, "-c", INTERRUPTED, command]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.stderr == f"error: interrupted: the same command, given again, {way}\n"
+    assert done.returncode == 130
+
+
+def test_what_is_said_to_go_on_is_what_can():
+    resumed = {name for name, command in cli.COMMANDS.items() if command.is_resumed}
+    assert resumed == {"harvest", "train", "import-acts"}

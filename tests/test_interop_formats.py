@@ -108,6 +108,25 @@ def test_saving_again_replaces_the_old_crosscoder(known, tmp_path):
 
 
 @over_all_formats
+@pytest.mark.parametrize("beside", ["config.json", "tokenizer.json"])
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(known, beside, tmp_path):
+    # Beside a file of tensors a tokenizer tells that it is a language model's, a config alone is any run's.
+    if beside == "tokenizer.json":
+        (tmp_path / known.files[0]).write_text("weights")
+    (tmp_path / beside).write_text("mine")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"already holds .*: choose another output folder"):
+        saved(known, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_a_crosscoder_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="cannot be saved as 'openmoss'"):
+        cc.save(random_crosscoder(sparsity=cc.BatchTopK(k=3)), tmp_path / "new" / "deep", format="openmoss")
+    assert not (tmp_path / "new").exists()
+
+
+@over_all_formats
 def test_the_file_alone_is_recognised_too(known, tmp_path):
     path = saved(known, tmp_path)
     assert cc.load(path).config == cc.load(tmp_path).config

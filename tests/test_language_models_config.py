@@ -107,6 +107,18 @@ def test_a_config_knows_its_models():
     assert made.chat_reference == ModelReference("org/m", "main")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        TextSource("novel", "moby.jsonl"),
+        TextSource("web", "some/data", subset="a&b=c", split="train[:5%]", column="the body", share=0.5),
+        TextSource("prose", "notes.txt", unit="file"),
+    ],
+)
+def test_a_text_is_written_as_it_is_read(text):
+    assert TextSource.parse(str(text)) == text
+
+
 def test_configs_are_imported_without_torch():
     heavy = "{'torch', 'transformers', 'datasets'}"
     code = f"import sys, crosscoder_jax.language_models; raise SystemExit(bool({heavy} & set(sys.modules)))"

@@ -233,6 +233,25 @@ def test_a_changed_text_or_model_is_another_config(config, texts, pair, tmp_path
         harvest(made)
 
 
+def test_the_caller_is_told_when_a_harvest_is_accepted_and_not_when_it_is_refused_or_done(config, tmp_path):
+    told = []
+
+    def accept():
+        told.append((Path(config().store) / "partial.json").is_file())
+
+    with pytest.raises(ValueError, match="layer 9 does not exist"):
+        harvest(config(layers=(9,)), on_accepted=accept)
+    with pytest.raises(ValueError, match="cannot be read"):
+        harvest(config(texts=(TextSource("none", str(tmp_path / "none.jsonl")),)), on_accepted=accept)
+    assert told == []
+    harvest(config(), on_accepted=accept)
+    assert told == [True]
+    harvest(config(), on_accepted=accept)
+    with pytest.raises(ValueError, match="context"):
+        harvest(config(context=17), on_accepted=accept)
+    assert told == [True]
+
+
 def test_outliers_leave_both_sources_and_are_counted(config, tmp_path):
     everything_kept = config(store=str(tmp_path / "all"), max_tokens=10_000)
     harvest(everything_kept)

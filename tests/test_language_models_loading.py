@@ -206,7 +206,7 @@ def test_the_commit_on_the_hub_is_recorded_and_pinned(folder, tmp_path):
         try:
             read_facts(ModelReference("org/other"))
         except ValueError as error:
-            assert "model org/other cannot be loaded" in str(error), error
+            assert "org/other is no folder here, and from the hub it cannot be loaded" in str(error), error
         else:
             raise SystemExit("a model that is not there was found")
     """
@@ -224,3 +224,11 @@ def test_an_unknown_commit_stays_with_the_branch_asked():
 
 def test_the_default_device_can_be_used():
     torch.zeros(1, device=usable_device(None))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "no-such-device"])
+def test_a_device_that_torch_cannot_use_is_refused_in_one_line(device):
+    with pytest.raises(ValueError, match=rf"device='{device}' cannot be used \(.+\): take 'cpu'") as caught:
+        usable_device(device)
+    assert "\n" not in str(caught.value)
+    assert usable_device("cpu") == "cpu"

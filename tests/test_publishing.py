@@ -126,6 +126,29 @@ def test_saving_again_replaces_the_old_crosscoder(saved):
     assert load_provenance(saved) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.json", '{"train": {}}'), ("notes.txt", "mine"), ("model.safetensors", "")]
+)
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"holds {name} and no saved crosscoder to replace"):
+        save(random_crosscoder(), tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: content}
+
+
+def test_what_was_put_beside_a_saved_crosscoder_stays_when_it_is_replaced(saved):
+    (saved / "README.md").write_text("a card")
+    save(random_crosscoder(1), saved)
+    assert_same(load(saved), random_crosscoder(1))
+    assert (saved / "README.md").read_text() == "a card"
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"file: cannot be a folder"):
+        save(random_crosscoder(), tmp_path / "file")
+
+
 def test_the_same_crosscoder_gives_the_same_bytes(saved, tmp_path):
     again = save(load(saved), tmp_path / "again", provenance={"layer": 13})
     for name in ("config.json", "crosscoder.safetensors"):

@@ -45,6 +45,15 @@ def test_a_terminal_gets_a_bar():
     assert "1,000/1,000 steps" in written(screen)
 
 
+def test_a_long_name_is_wrapped_and_not_cut(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "organisation-of-a-long-name/" + "model-" * 8
+    terminal.print_table("store", ("source", "model"), [("base", name)])
+    rows = [line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert len(rows) > 1
+    assert "".join(rows) == name
+
+
 def test_an_error_is_not_reported_as_done():
     screen = console(is_terminal=False)
     with pytest.raises(ValueError, match="broken"), terminal.progress_bar("train", screen):

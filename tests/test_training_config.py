@@ -72,6 +72,20 @@ def test_a_penalty_on_the_norms_goes_with_relu_and_with_nothing_else(sparsity, l
     assert recipe(sparsity=sparsity, l1=None if l1 else cc.L1OfNorms(0.1)).num_steps == 20
 
 
+@pytest.mark.parametrize("sparsity", [cc.BatchTopK(k=17.0), cc.TopK(k=17)])
+def test_more_active_latents_than_there_are_are_refused(sparsity):
+    with pytest.raises(
+        ValueError, match=r"k=17\S* active latents per token are more than num_latents=16: take"
+    ):
+        recipe(num_latents=16, sparsity=sparsity)
+    assert recipe(num_latents=17, sparsity=sparsity).crosscoder.sparsity == sparsity
+
+
+def test_more_active_latents_than_there_are_are_no_target_of_thresholds():
+    with pytest.raises(ValueError, match=r"k=17.0 active latents per token are more than num_latents=16"):
+        recipe(num_latents=16, sparsity=cc.JumpReLU(), l0=cc.L0Penalty(1.0, target=17.0))
+
+
 def test_a_recipe_is_frozen_and_hashable():
     config = recipe()
     assert hash(config) == hash(recipe())

@@ -205,6 +205,24 @@ def test_a_recipe_that_cannot_start_claims_no_folder(store, whole, tmp_path):
     assert_equal(small_run(store, tmp_path), whole[0])
 
 
+@pytest.mark.parametrize("inside", [".", "run", "acts/run"])
+def test_a_run_in_the_folder_of_its_store_is_refused(tmp_path, inside):
+    store = write_store(tmp_path / "store", num_tokens=100)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"lies in the store .*: choose a folder beside it"):
+        small_run(store, tmp_path / "store" / inside)
+    assert files(tmp_path) == before
+    assert not (tmp_path / "store" / "run").exists()
+
+
+def test_a_batch_larger_than_what_there_is_to_train_on_is_refused(store, tmp_path):
+    tokens = TokenView.of_split(store, OPTIONS.split, held_out=False).num_tokens
+    with pytest.raises(ValueError, match=rf"batch_size={tokens + 1} is more than the {tokens} tokens of"):
+        small_run(store, tmp_path / "run", config=recipe(batch_size=tokens + 1, num_steps=1, warmup_steps=0))
+    assert not (tmp_path / "run").exists()
+    small_run(store, tmp_path / "run", config=recipe(batch_size=tokens, num_steps=1, warmup_steps=0))
+
+
 def test_derived_sources_of_a_bfloat16_store(tmp_path):
     """A difference SAE: one source, computed in float32 from what is stored in bf16."""
     store = write_store(tmp_path / "store", widths=(5, 5), dtype="bfloat16", num_tokens=600)
