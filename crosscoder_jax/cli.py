@@ -27,7 +27,6 @@ from crosscoder_jax.terminal import print_table, progress_bar
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from crosscoder_jax.activations.store import ActivationStore
     from crosscoder_jax.training.runs import Run
     from crosscoder_jax.training.tracking import Tracker
 
@@ -93,6 +92,7 @@ def _warn_of_outliers(manifest: Manifest) -> None:
 def train(config: Train) -> None:
     """Train a crosscoder on a store; run it again to go on where it stopped."""
     from crosscoder_jax.activations.store import ActivationStore
+    from crosscoder_jax.activations.view import TokenView
     from crosscoder_jax.training.loop import RunOptions, fit_together
     from crosscoder_jax.training.memory import runs_at_once
 
@@ -109,7 +109,9 @@ def train(config: Train) -> None:
         config.checkpoint_every,
         config.null_data(),
     )
-    _warn_of_epochs(config, store)
+    # Refuses a share that holds nothing out, while nothing is trained yet.
+    held_out = TokenView.of_split(store, options.split, held_out=True)
+    _warn_of_epochs(config, store.num_tokens - held_out.num_tokens)
     _warn_of_outliers(store.manifest)
     if len(runs) > 1:
         Console().print(f"{len(runs)} crosscoders, {runs_at_once(recipes, mesh)} in turns over each read")
@@ -129,18 +131,14 @@ def train(config: Train) -> None:
         _save_command(config, config.output / "train.command.json")
 
 
-def _warn_of_epochs(config: Train, store: "ActivationStore") -> None:
+def _warn_of_epochs(config: Train, num_tokens: int) -> None:
     """Say when training would see its tokens more often than they can teach anything new."""
-    from crosscoder_jax.activations.view import TokenView
-
-    held_out = TokenView.of_split(store, config.split(), held_out=True)
-    num_tokens = store.num_tokens - held_out.num_tokens
     seen = config.num_steps * config.batch_size
     if 0 < _NOTABLE_EPOCHS * num_tokens < seen:
         _warn(
             f"--num-steps {config.num_steps} of --batch-size {config.batch_size} are "
-            f"{seen / num_tokens:,.0f} epochs of "
-            f"the {num_tokens:,} tokens to train on: take fewer steps, or harvest more tokens"
+            f"{seen / num_tokens:,.0f} epochs of the {num_tokens:,} tokens to train on: take fewer steps, or "
+            "harvest more tokens"
         )
 
 
@@ -361,7 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         way = "goes on from what is saved" if command.is_resumed else "begins anew"
         _print_error(f"interrupted: the same command, given again, {way}")
-        _leave_at_once(130)
+        if arguments is None:  # the process is this command's own
+            _leave_at_once(130)
+        raise SystemExit(130) from None
     except _EXPECTED_ERRORS as error:
         _fail(name_flags(_described(error), command.config), 1)
 

@@ -739,7 +739,8 @@ def compile_for_long(config):
 
 name = sys.argv[1]
 cli.COMMANDS[name] = dataclasses.replace(cli.COMMANDS[name], config=Evaluate, run=compile_for_long)
-cli.main([name, "--run", "x"])
+sys.argv[1:] = [name, "--run", "x"]
+cli.main()
 """
 
 
@@ -752,6 +753,17 @@ def test_an_interrupt_while_xla_compiles_ends_with_130_and_one_line(command, way
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.stderr == f"error: interrupted: the same command, given again, {way}\n"
     assert done.returncode == 130
+
+
+def test_an_interrupt_leaves_a_program_that_called_the_command_alive(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    command = dataclasses.replace(cli.COMMANDS["diff"], run=interrupt)
+    monkeypatch.setitem(cli.COMMANDS, "diff", command)
+    code, line = fails(capsys, "diff", "--run", "x")
+    assert code == 130
+    assert line == "error: interrupted: the same command, given again, begins anew"
 
 
 def test_what_is_said_to_go_on_is_what_can():

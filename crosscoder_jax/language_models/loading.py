@@ -115,7 +115,7 @@ def usable_device(name: str | None) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device={name!r} cannot be used ({_first_line(error)}): take 'cpu', or leave it out for a GPU "
+            f"device={name!r} cannot be used ({first_line(error)}): take 'cpu', or leave it out for a GPU "
             "where there is one"
         ) from error
     return name
@@ -194,11 +194,11 @@ def _model_errors(reference: ModelReference) -> Iterator[None]:
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         place = "" if reference.is_local else "is no folder here, and from the hub it "
         raise ValueError(
-            f"model {reference} {place}cannot be loaded: {_first_line(error)} (name a hub id, a local folder "
+            f"model {reference} {place}cannot be loaded: {first_line(error)} (name a hub id, a local folder "
             "or a .gguf file)"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return what a library's error says first, or what it is called where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from crosscoder_jax.language_models.config import TextSource
-from crosscoder_jax.language_models.loading import sha256_of_files
+from crosscoder_jax.language_models.loading import first_line, sha256_of_files
 
 _BUILDERS = {
     ".json": "json",
@@ -36,8 +36,9 @@ def open_rows(source: TextSource, shuffle_seed: int | None = None, skip: int = 0
     try:
         rows = _open(source)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"text {source.label!r} ({source.location}) cannot be read: {reason}") from error
+        raise ValueError(
+            f"text {source.label!r} ({source.location}) cannot be read: {first_line(error)}"
+        ) from error
     if shuffle_seed is not None:
         rows = rows.shuffle(seed=shuffle_seed, buffer_size=_SHUFFLE_BUFFER)
     return _checked(iter(rows.skip(skip)), source)
@@ -48,8 +49,9 @@ def _checked(rows: Iterator[dict[str, Any]], source: TextSource) -> Iterator[dic
     try:
         yield from rows
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"text {source.label!r} ({source.location}) cannot be read: {reason}") from error
+        raise ValueError(
+            f"text {source.label!r} ({source.location}) cannot be read: {first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
