@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from crosscoder_jax.training.tracking import Tracker
 
 _EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
+_COUNTED = ("counts", "confirmed_by_class")
+"""What a summary has of each exclusive class: those claimed by norms, and those confirmed."""
 _NOTABLE_OUTLIER_SHARE = 0.5
 """Layers of real models, without their attention sinks, have 0.01 to 0.04."""
 _LABELS_AT_ONCE = 1 << 24
@@ -238,7 +240,10 @@ def diff(config: Diff) -> None:
 
 
 def _print_exclusive(run: Path, summary: Mapping[str, Any]) -> None:
-    """Print how many latents are exclusive, claimed and confirmed, beside those of a null run."""
+    """Print how many latents are exclusive, claimed and confirmed, beside those of a null run.
+
+    Of those that are exclusive by design the claim says nothing: they are told apart.
+    """
     if "counts" not in summary:
         return
     counted = {"": summary}
@@ -247,16 +252,23 @@ def _print_exclusive(run: Path, summary: Mapping[str, Any]) -> None:
     columns = [f"{who}{what}" for who in counted for what in ("claimed by norms", "confirmed")]
     rows = []
     for name in ("base-only", "chat-only"):
-        pairs = [
-            (s["counts"][name], s.get("confirmed_by_class", {}).get(name, "-")) for s in counted.values()
-        ]
-        rows.append((name, *(str(number) for pair in pairs for number in pair)))
+        pairs = [_found(one, what, name) for one in counted.values() for what in _COUNTED]
+        rows.append((name, *("-" if number is None else str(number) for number in pairs)))
     print_table(f"{run}: exclusive latents", ("class", *columns), rows)
-    if summary.get("claimed_by_design"):
+    designed = summary.get("by_design", {})
+    if designed:
+        numbers = [sum(designed.get(what, {}).values()) for what in _COUNTED]
         Console().print(
-            f"{summary['claimed_by_design']} of them write to one model by design: only Latent Scaling tells "
-            "whether what they hold is in that model alone"
+            f"Not among these: {numbers[0]} latents that write to one model by design. Latent Scaling "
+            f"confirms {numbers[1]} of them: what they hold is in that model alone."
         )
+
+
+def _found(summary: Mapping[str, Any], what: str, latent_class: str) -> int | None:
+    """Return a count of a class without the latents that are exclusive by design."""
+    number = summary.get(what, {}).get(latent_class)
+    by_design = summary.get("by_design", {}).get(what, {}).get(latent_class, 0)
+    return None if number is None else number - by_design
 
 
 def report(config: Report) -> None:

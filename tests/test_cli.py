@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import training_cases
 from interop_cases import PRETRAINED, write_saelens
@@ -389,6 +390,24 @@ def test_a_source_that_the_store_lacks_is_refused_with_those_it_has():
     command = Train(store=Path("s"), output=Path("o"), sources=("base.L3", "chat.L2"))
     with pytest.raises(ValueError, match=r"names 'base.L3', but the store has \('base.L1', 'base.L2'"):
         command.recipe(LAYERS)
+
+
+def test_what_is_exclusive_by_design_is_told_apart_from_what_is_found(tmp_path, capsys):
+    training_cases.write_store(tmp_path / "store", widths=(6, 6))
+    train(tmp_path / "store", tmp_path / "run", "--dedicated", "0.25")
+    capsys.readouterr()
+    cli.main(["diff", "--run", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "diff" / "latents.parquet").to_pydict()
+    rows = list(zip(table["latent_class"], table["by_design"], table["verdict"], strict=True))
+    for name in ("base-only", "chat-only"):
+        claimed = [verdict for of_class, designed, verdict in rows if of_class == name and not designed]
+        cells = [str(len(claimed)), str(claimed.count("confirmed"))]
+        (line,) = (line for line in printed.splitlines() if name in line)
+        assert [word for word in line.split() if word.isdigit()] == cells
+    designed = [verdict for of_class, designed, verdict in rows if designed and "-only" in of_class]
+    assert f"Not among these: {len(designed)} latents that write to one model by design." in printed
+    assert f"Latent Scaling confirms {designed.count('confirmed')} of them" in " ".join(printed.split())
 
 
 def test_training_on_a_few_tokens_of_outlying_norm_names_the_source_and_the_option(store, tmp_path, capsys):
