@@ -67,7 +67,7 @@ class Train:
     """How k is kept to without --l1: over the batch (recommended), for every token, or by a threshold of
     each latent that is trained until the mean is k."""
     dedicated: float = 0.0
-    """Share of the latents, for each source, that write to it alone."""
+    """Share of the latents, for each source, that write to it alone; with --reads delta, to the change."""
     is_encoder_dedicated: bool = False
     """Whether those read it alone, too."""
     dedicated_k: float | None = None
@@ -216,13 +216,25 @@ class Train:
 
     def groups(self, sources: Sources) -> tuple[LatentGroup, ...]:
         """Return the groups of latents under rules of their own."""
+        self._check_groups()
         tied = LatentGroup("tied", self.tied, is_tied=True, cost=self.tied_cost) if self.tied else None
         if not self.dedicated:
             return () if tied is None else (tied,)
         dedicated = exclusive_groups(
             sources, self.dedicated, is_encoder_masked=self.is_encoder_dedicated, k=self.dedicated_k
         )
+        if self.reads == "delta":
+            # What writes to base alone, in this basis, is shared.
+            dedicated = dedicated[-1:]
         return dedicated if tied is None else (tied, *dedicated)
+
+    def _check_groups(self) -> None:
+        if not self.dedicated and (self.dedicated_k is not None or self.is_encoder_dedicated):
+            raise ValueError(
+                "dedicated_k and is_encoder_dedicated are of dedicated latents: give dedicated, too"
+            )
+        if not self.tied and self.tied_cost != 1:
+            raise ValueError(f"tied_cost={self.tied_cost} is of tied latents: give tied, too")
 
     def runs(self) -> Sequence["Train"]:
         """Return the commands that train one crosscoder each, which this one trains together.

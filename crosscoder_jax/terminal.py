@@ -79,10 +79,11 @@ def _plain_lines(description: str, console: Console) -> Iterator[typing.Progress
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table to standard output."""
-    table = Table(title=title, title_justify="left")
+    """Print a table to standard output, its title above it in one line however narrow it is."""
+    table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
+    Console().print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
     Console().print(table)

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from crosscoder_jax.activations import ActivationStore, Split, StoredSource, StoreWriter
@@ -19,6 +20,7 @@ from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig
 from crosscoder_jax.diffing import DiffConfig, DiffResult, write_diff
 from crosscoder_jax.diffing.snippets import Snippet
 from crosscoder_jax.diffing.summary import class_summary
+from crosscoder_jax.diffing.table import trajectory_columns
 from crosscoder_jax.objectives import AuxK, L1OfNorms
 from crosscoder_jax.publishing import save
 from crosscoder_jax.sources import Source, Sources
@@ -211,8 +213,16 @@ def crosscoder_columns(rng: np.random.Generator, num_latents: int, num_chat: int
 
 def unclassed_columns(rng: np.random.Generator, num_latents: int, sources: tuple[str, ...]) -> dict:
     """Make the columns of a table of one source, such as a difference, or of more than two."""
-    norms = {f"norm_{name}": rng.uniform(0.5, 2, num_latents) for name in sources}
-    return {**activity_columns(rng, num_latents), **norms}
+    entries = Sources(tuple(Source(name, 8) for name in sources))
+    w_dec = np.float32(rng.normal(size=(num_latents, entries.width)) * rng.uniform(size=(num_latents, 1)))
+    w_dec[::3, :8] *= 0.1  # every third latent is weak at first
+    norms = np.asarray(entries.norms(jnp.asarray(w_dec)))
+    columns = {f"norm_{name}": norms[i] for i, name in enumerate(sources)}
+    return {
+        **activity_columns(rng, num_latents),
+        **columns,
+        **trajectory_columns(norms, jnp.asarray(w_dec), entries),
+    }
 
 
 def activity_columns(rng: np.random.Generator, num_latents: int) -> dict:

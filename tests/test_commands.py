@@ -74,6 +74,11 @@ def test_losses_beside_the_reconstruction():
     assert (recipe().delta, recipe().matryoshka, recipe().loss) == (None, None, cc.ErrorNorm())
 
 
+def test_in_the_delta_basis_latents_are_dedicated_to_the_change():
+    (group,) = recipe(reads="delta", dedicated=0.25).crosscoder.groups
+    assert (group.name, group.share, group.writes) == ("difference-dedicated", 0.25, ("difference",))
+
+
 def test_dedicated_latents_can_have_a_budget_of_their_own():
     made = recipe(dedicated=0.125, dedicated_k=0.5)
     assert [group.k for group in made.crosscoder.groups] == [0.5, 0.5]
@@ -93,4 +98,17 @@ def test_how_to_begin_needs_what_to_begin_with(options):
     with pytest.raises(
         ValueError, match="start_sources and is_start_frozen say how to begin: give start_from"
     ):
+        recipe(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dedicated_k": 0.5}, "dedicated_k and is_encoder_dedicated are of dedicated latents"),
+        ({"is_encoder_dedicated": True}, "are of dedicated latents: give dedicated"),
+        ({"tied_cost": 0.2}, "tied_cost=0.2 is of tied latents: give tied"),
+    ],
+)
+def test_settings_of_groups_that_are_not_there_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         recipe(**options)

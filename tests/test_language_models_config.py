@@ -103,8 +103,8 @@ def test_a_config_that_makes_no_sense_is_refused(fields, message):
 
 def test_a_config_knows_its_models():
     made = config(base="x/y.gguf", chat="org/m", chat_revision="main")
-    assert made.base_reference == ModelReference("x", None, "y.gguf")
-    assert made.chat_reference == ModelReference("org/m", "main")
+    assert made.references["base"] == ModelReference("x", None, "y.gguf")
+    assert made.references["chat"] == ModelReference("org/m", "main")
 
 
 @pytest.mark.parametrize(
@@ -136,3 +136,25 @@ def test_what_is_missing_is_named_with_the_extra_that_brings_it(monkeypatch):
         _ = room.capture_residuals
     with pytest.raises(AttributeError, match="no attribute 'capture_everything'"):
         _ = room.capture_everything
+
+
+def test_models_between_are_named_in_their_order_with_their_revisions():
+    made = config(between=("step60=checkpoints/60", "step90=org/m@step90"))
+    assert list(made.references) == ["base", "step60", "step90", "chat"]
+    assert made.references["step60"] == ModelReference("checkpoints/60")
+    assert made.references["step90"] == ModelReference("org/m", "step90")
+
+
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        (("step60",), "between='step60' must be name=model"),
+        (("=m",), "between='=m' must be name=model"),
+        (("a.b=m",), "the name without a dot"),
+        (("a=m", "a=n"), "between has 'a' twice"),
+        (("chat=m",), "between has 'chat' twice, or as another model"),
+    ],
+)
+def test_models_between_that_cannot_be_told_apart_are_refused(between, message):
+    with pytest.raises(ValueError, match=message):
+        config(between=between)

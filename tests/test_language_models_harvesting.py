@@ -465,3 +465,35 @@ def test_the_template_is_that_of_the_chat_model_else_of_the_base_model(config, p
     from_base = with_templates(one, None)
     assert with_templates(one + "!", one) == from_base
     assert with_templates(one, one + "!") != from_base
+
+
+def test_models_between_are_sources_in_their_order(config, pair, tmp_path):
+    folder = tmp_path / "third"
+    random_model(seed=7).save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    both = config()
+    harvest(both)
+    made = config(store=str(tmp_path / "three"), between=(f"middle={folder}", f"again={pair[1]}"))
+    manifest = harvest(made)
+    store, of_both = ActivationStore.open(made.store), ActivationStore.open(both.store)
+    assert store.sources.names == ("base", "middle", "again", "chat")
+    assert [source.model for source in manifest.sources] == [pair[0], str(folder), pair[1], pair[1]]
+    base, middle, again, chat = store.sources.split(store.read(0, 200))
+    np.testing.assert_array_equal(np.concatenate([base, chat], axis=1), of_both.read(0, 200))
+    np.testing.assert_array_equal(again, chat)
+    assert np.abs(middle - base).max() > 0.1
+
+
+def test_a_store_of_other_models_between_is_another_store(config, pair):
+    harvest(config(between=(f"middle={pair[0]}",)))
+    with pytest.raises(ValueError, match="between"):
+        harvest(config())
+
+
+def test_a_tokenizer_between_that_disagrees_is_named(config, pair, tmp_path):
+    folder = tmp_path / "third"
+    shutil.copytree(pair[0], folder)
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|im_end|>", "<|im_over|>"))
+    with pytest.raises(ValueError, match="the tokenizers of base and middle disagree"):
+        harvest(config(between=(f"middle={folder}",)))

@@ -145,6 +145,9 @@ class HarvestConfig:
     mark may follow ``subset=NAME`` and ``split=NAME`` of a hub dataset, ``column=NAME`` to read in place of
     a conversation or ``text``, ``share=NUMBER`` (1) and ``unit=line``, ``paragraph`` or ``file`` of a .txt
     file, joined by & and in quotes: 'web=HuggingFaceFW/fineweb?subset=sample-10BT&share=2'."""
+    between: tuple[str, ...] = ()
+    """More models, such as checkpoints of the fine-tune in their order: each ``name=model``, or
+    ``name=model@revision`` of a model on the hub. Their sources lie between ``base`` and ``chat``."""
     layers: tuple[int, ...] | None = None
     """Blocks after which the residual stream is read, from 0. None is the middle one, ``blocks // 2``."""
     chat_layers: tuple[int, ...] | None = None
@@ -193,16 +196,18 @@ class HarvestConfig:
             raise ValueError(f"outlier_multiple={self.outlier_multiple} must be above 1, the median itself")
         _check_texts(self.texts)
         _check_layers(self.layers, self.chat_layers)
+        _ = self.references  # names that cannot be told apart are refused
 
     @property
-    def base_reference(self) -> ModelReference:
-        """The model before."""
-        return ModelReference.parse(self.base, self.base_revision)
-
-    @property
-    def chat_reference(self) -> ModelReference:
-        """The model after."""
-        return ModelReference.parse(self.chat, self.chat_revision)
+    def references(self) -> dict[str, ModelReference]:
+        """All models by name, in the order of their sources: ``base`` first, ``chat`` last."""
+        found = {"base": ModelReference.parse(self.base, self.base_revision)}
+        for text in self.between:
+            name, reference = _named_model(text)
+            if name in (*found, "chat"):
+                raise ValueError(f"between has {name!r} twice, or as another model: give every model its own")
+            found[name] = reference
+        return {**found, "chat": ModelReference.parse(self.chat, self.chat_revision)}
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,16 @@ class SpliceConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.texts is not None:
             _check_texts(self.texts)
+
+
+def _named_model(text: str) -> tuple[str, ModelReference]:
+    name, _, place = text.partition("=")
+    location, _, revision = place.partition("@")
+    if not name or not location or "." in name:
+        raise ValueError(
+            f"between={text!r} must be name=model, the name without a dot, such as step100=checkpoint-100"
+        )
+    return name, ModelReference.parse(location, revision or None)
 
 
 def _share(text: str, given: str) -> float:

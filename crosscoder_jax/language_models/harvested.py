@@ -27,14 +27,17 @@ def harvest_config(store: ActivationStore) -> HarvestConfig:
         )
     recorded = {**provenance["config"], "store": str(store.path)}
     config = config_from_json(HarvestConfig, recorded, where=f"{store.path}: provenance.config")
-    references = {"base": config.base_reference, "chat": config.chat_reference}
-    revisions = {
-        f"{name}_revision": ModelFacts(reference, provenance["models"][name]["revision"], 0, 0, None)
-        .pinned()
-        .revision
-        for name, reference in references.items()
+    pinned = {
+        name: ModelFacts(reference, provenance["models"][name]["revision"], 0, 0, None).pinned()
+        for name, reference in config.references.items()
     }
-    return dataclasses.replace(config, **revisions)
+    between = tuple(f"{name}={pinned[name]}" for name in pinned if name not in ("base", "chat"))
+    return dataclasses.replace(
+        config,
+        base_revision=pinned["base"].revision,
+        chat_revision=pinned["chat"].revision,
+        between=between,
+    )
 
 
 def with_changes(harvested: HarvestConfig, config: SpliceConfig) -> HarvestConfig:

@@ -1,6 +1,5 @@
-"""Two models with one tokenizer, run on the same padded batches."""
+"""Two models or more with one tokenizer, run on the same padded batches."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from crosscoder_jax.language_models.batches import Kept, OutlierLimits, kept_row
 from crosscoder_jax.language_models.capture import capture_residuals, check_capture
 from crosscoder_jax.language_models.config import HarvestConfig, TextSource
 from crosscoder_jax.language_models.documents import Encoder, Window, WindowStream
-from crosscoder_jax.language_models.loading import load_model, load_tokenizer, usable_device
+from crosscoder_jax.language_models.loading import ModelFacts, load_model, load_tokenizer, usable_device
 from crosscoder_jax.language_models.plan import Plan, read_template
 from crosscoder_jax.language_models.tokenizers import check_tokenizers_agree
 from crosscoder_jax.typing import Progress
@@ -23,7 +22,7 @@ CALIBRATION_TOKENS = 2_048
 
 
 class ModelPair:
-    """The two models of a harvest, loaded, and their common tokenizer.
+    """The models of a harvest, loaded, and their common tokenizer.
 
     Args:
         config: Of the harvest.
@@ -70,7 +69,7 @@ class ModelPair:
             raise ValueError(_nothing_to_keep(self._config, streams))
 
     def batches(self, stream: WindowStream) -> Iterator[Kept]:
-        """Run both models on one batch after the other; padding and first positions are left out.
+        """Run the models on one batch after the other; padding and first positions are left out.
 
         Raises:
             ValueError: when a text cannot be read further, or holds a token that a model does not know.
@@ -109,7 +108,7 @@ class ModelPair:
         }
 
     def model(self, name: str) -> nn.Module:
-        """Return the model ``base`` or ``chat``."""
+        """Return the model of a name: ``base``, ``chat`` or one between."""
         return self._models[name]
 
     def capture(
@@ -117,7 +116,7 @@ class ModelPair:
         input_ids: Int[torch.Tensor, "batch context"],
         attention_mask: Int[torch.Tensor, "batch context"],
     ) -> dict[str, Float[torch.Tensor, "batch context _"]]:
-        """Run both models and return the residuals ``[batch, context, width]`` by source name."""
+        """Run the models and return the residuals ``[batch, context, width]`` by source name."""
         acts: dict[str, torch.Tensor] = {}
         for name, model in self._models.items():
             residuals = capture_residuals(model, input_ids, attention_mask, self._plan.layers(name))
@@ -137,9 +136,12 @@ class ModelPair:
 
 
 def _load_tokenizers(config: HarvestConfig, plan: Plan) -> tuple[Any, str | None]:
-    """Load the shared tokenizer and the template, having checked that both models' tokenizers agree."""
-    base, chat = (load_tokenizer(plan.facts[name].pinned()) for name in ("base", "chat"))
-    check_tokenizers_agree(base, chat)
+    """Load the shared tokenizer and the template, having checked that the models' tokenizers agree."""
+    tokenizers = {name: load_tokenizer(facts.pinned()) for name, facts in plan.facts.items()}
+    base, chat = tokenizers["base"], tokenizers["chat"]
+    for name, tokenizer in tokenizers.items():
+        if name != "base":
+            check_tokenizers_agree(base, tokenizer, name=name)
     if config.chat_template is not None:
         return chat, read_template(config.chat_template)
     template = chat.chat_template or base.chat_template
@@ -149,14 +151,16 @@ def _load_tokenizers(config: HarvestConfig, plan: Plan) -> tuple[Any, str | None
 def _load_models(
     config: HarvestConfig, plan: Plan, device: str, progress: Progress | None, *, uses_head: bool
 ) -> dict[str, Any]:
-    """Load both models, one only where they are the same, and check that their layers can be read."""
+    """Load the models, one only where they are the same, and check that their layers can be read."""
     models: dict[str, Any] = {}
+    loaded: list[tuple[ModelFacts, Any]] = []
     for name, facts in plan.facts.items():
         if progress is not None:
             progress(len(models), len(plan.facts), "models")
-        is_same = name == "chat" and facts == plan.facts["base"]
-        load = functools.partial(load_model, dtype=config.model_dtype, device=device, uses_head=uses_head)
-        model = models["base"] if is_same else load(facts)
+        model = next((model for known, model in loaded if known == facts), None)
+        if model is None:
+            model = load_model(facts, dtype=config.model_dtype, device=device, uses_head=uses_head)
+            loaded.append((facts, model))
         check_capture(model, plan.layers(name))
         models[name] = model
     if progress is not None:

@@ -23,19 +23,19 @@ class PlannedSource:
     stored: StoredSource
     """What the store will say of it."""
     model: str
-    """``base`` or ``chat``."""
+    """``base``, ``chat``, or the name of one between them."""
     layer: int
     """Block after which it is read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The stored sources in order, and the facts of the two models."""
+    """The stored sources in order, and the facts of the models."""
 
     sources: tuple[PlannedSource, ...]
-    """All layers of base, then all of chat."""
+    """All layers of base, of each model between, then all of chat."""
     facts: Mapping[str, ModelFacts]
-    """By ``base`` and ``chat``."""
+    """By the models' names, in the same order."""
 
     def layers(self, model: str) -> list[int]:
         """Blocks after which a model is read."""
@@ -48,18 +48,15 @@ def plan_harvest(config: HarvestConfig) -> Plan:
     Raises:
         ValueError: when a model or layer does not exist, or the context is longer than a model can read.
     """
-    facts = {"base": read_facts(config.base_reference), "chat": read_facts(config.chat_reference)}
+    facts = {name: read_facts(reference) for name, reference in config.references.items()}
     for model, found in facts.items():
         if found.max_positions is not None and config.context > found.max_positions:
             raise ValueError(
                 f"context={config.context} is longer than {model} can read: "
                 f"take {found.max_positions} or less"
             )
-    middle = {model: (found.num_blocks // 2,) for model, found in facts.items()}
-    by_model = {
-        "base": config.layers or middle["base"],
-        "chat": config.chat_layers or config.layers or middle["chat"],
-    }
+    by_model = {model: config.layers or (found.num_blocks // 2,) for model, found in facts.items()}
+    by_model["chat"] = config.chat_layers or by_model["chat"]
     sources = []
     for model, chosen in by_model.items():
         check_layers(chosen, facts[model].num_blocks, f"{model} ({facts[model].reference})")
@@ -90,6 +87,10 @@ def fingerprint(config: HarvestConfig, plan: Plan) -> dict[str, Any]:
         fields["chat_template"] = sha256_of_text(read_template(config.chat_template))
     fields["revisions"] = {name: facts.revision for name, facts in plan.facts.items()}
     fields["layers"], fields["chat_layers"] = plan.layers("base"), plan.layers("chat")
+    del fields["between"]
+    if config.between:  # else as it was before there was such a field
+        between = list(config.references.items())[1:-1]
+        fields["between"] = [[name, str(dataclasses.replace(r, revision=None))] for name, r in between]
     return fields
 
 

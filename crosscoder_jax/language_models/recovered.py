@@ -139,7 +139,7 @@ class _Splicer:
         places = (torch.from_numpy(array).to(self._pair.device) for array in (is_spliced, is_counted))
         sequences, replacements = _Sequences(ids, mask, *places), self._replacements(acts)
         losses: dict[str, np.ndarray] = {}
-        for model in ("base", "chat"):
+        for model in self._plan.facts:
             losses |= self._losses_of_model(model, sequences, replacements)
         documents = np.array([window.document for window in windows], np.int64)
         return documents[np.nonzero(is_counted)[0]], losses

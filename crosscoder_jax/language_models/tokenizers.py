@@ -14,12 +14,20 @@ PROBES = (
 """Texts whose encodings must agree: spaces, digits, code, scripts, emoji, and markers of chat templates."""
 
 
-def check_tokenizers_agree(base: Any, chat: Any, texts: Sequence[str] = PROBES) -> None:
+def check_tokenizers_agree(
+    base: Any, chat: Any, texts: Sequence[str] = PROBES, *, name: str = "chat"
+) -> None:
     """Refuse two tokenizers that could give different token ids for the same text.
 
     Compared are the vocabularies, the added and special tokens, and the encodings of ``texts`` with the
     tokens that each tokenizer puts around a text. Not compared are chat templates and the roles of special
     tokens (which one ends a turn): chat models differ there, and one template is used for both.
+
+    Args:
+        base: of the first model.
+        chat: of the other one.
+        texts: to encode with both.
+        name: of the other model, for the error.
 
     Raises:
         ValueError: saying where they disagree: the first token, special token or text that differs.
@@ -27,8 +35,8 @@ def check_tokenizers_agree(base: Any, chat: Any, texts: Sequence[str] = PROBES) 
     fault = _vocabulary_fault(base, chat) or _added_fault(base, chat) or _encoding_fault(base, chat, texts)
     if fault:
         raise ValueError(
-            f"the tokenizers of base and chat disagree: {fault}. Paired activations need the same tokens: "
-            f"take two models that share a tokenizer"
+            f"the tokenizers of base and {name} disagree: {fault}. Paired activations need the same tokens: "
+            f"take models that share a tokenizer"
         )
 
 
@@ -54,14 +62,16 @@ def _first_difference(what: str, ours: dict[int, str], theirs: dict[int, str]) -
     index = min(differing)
     mine = repr(ours[index]) if index in ours else "nothing"
     other = repr(theirs[index]) if index in theirs else "nothing"
-    return f"{what} {index} is {mine} in base and {other} in chat ({len(differing)} differ)"
+    return f"{what} {index} is {mine} in base and {other} in the other ({len(differing)} differ)"
 
 
 def _encoding_fault(base: Any, chat: Any, texts: Sequence[str]) -> str | None:
     for text in texts:
         ours, theirs = encode(base, text), encode(chat, text)
         if ours != theirs:
-            return f"the text {text[:60]!r} is {_shortened(ours)} in base and {_shortened(theirs)} in chat"
+            return (
+                f"the text {text[:60]!r} is {_shortened(ours)} in base and {_shortened(theirs)} in the other"
+            )
     return None
 
 

@@ -19,6 +19,7 @@ from crosscoder_jax.report.names import VERDICTS
 from crosscoder_jax.report.scatter import NU
 from crosscoder_jax.report.tables import class_rows, latent_rows, method_rows
 from crosscoder_jax.report.text import json_for_script
+from crosscoder_jax.report.trajectories import trajectory_plots
 
 _TEMPLATES = importlib.resources.files("crosscoder_jax.report") / "templates"
 
@@ -30,6 +31,8 @@ def render_page(config: ReportConfig, methods: Sequence[Method], today: datetime
     histogram_plots = tuple(plots.histogram_plot(method) for method in crosscoders)
     scatter_plots = tuple(plot for method in scaled for plot in plots.scatter_plots(method))
     training_plots = plots.training_plots(methods)
+    trajectories = tuple(plot for method in methods for plot in trajectory_plots(method))
+    all_plots = (*histogram_plots, *scatter_plots, *trajectories, *training_plots)
     limits = CardLimits(config.num_cards, config.tokens_before, config.tokens_after)
     scripts = (get_plotlyjs().replace("\r\n", "\n"), _asset("page.js"))
     return (
@@ -55,7 +58,8 @@ def render_page(config: ReportConfig, methods: Sequence[Method], today: datetime
             histogram_plots=histogram_plots,
             scatter_plots=scatter_plots,
             training_plots=training_plots,
-            figures_json=json_for_script(figures_json((*histogram_plots, *scatter_plots, *training_plots))),
+            trajectory_plots=trajectories,
+            figures_json=json_for_script(figures_json(all_plots)),
             groups=tuple(group for method in methods for group in card_groups(method, limits)),
             num_snippets=config.num_snippets,
             no_snippets=NO_SNIPPETS,
