@@ -57,7 +57,7 @@ def test_two_sources_have_no_such_figures(tmp_path):
 
 def test_the_page_has_the_figures_and_names_of_sources_cannot_break_it(tmp_path):
     names = ("base", HOSTILE, "chat")
-    run = make_run(tmp_path / "run", sources=names, num_latents=20)
+    run = make_run(tmp_path / "run", sources=names, num_latents=60)
     page = write_report(ReportConfig((run,)), tmp_path / "report.html").read_text()
     assert 'id="trajectories"' in page
     assert "appearance-0" in page

@@ -75,9 +75,8 @@ def _strength_plot(method: Method, names: Sequence[str]) -> Plot:
     )
     figure.update_layout(**layout(height=110 + _ROW_PIXELS * max(len(rows), 8), top=30))
     figure.update_xaxes(**axis("source"), type="category")
-    figure.update_yaxes(
-        **axis("latent") | {"tickfont": {"size": 10, "color": INK}}, type="category", autorange="reversed"
-    )
+    small = {**axis("latent"), "tickfont": {"size": 10, "color": INK}}
+    figure.update_yaxes(**small, type="category", autorange="reversed")
     return Plot(
         key=f"strength-{method.slot}",
         title=method.name,
