@@ -1,0 +1,114 @@
+"""Every method that plugs into the one crosscoder keeps the one contract: mesh, resume, files, thresholds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_cases import activations, recipe, weights, write_store
+
+import crosscoder_jax as cc
+from crosscoder_jax.activations import Split, TokenView
+from crosscoder_jax.groups import LatentGroup, causal_groups, exclusive_groups
+from crosscoder_jax.publishing import tensors_of
+from crosscoder_jax.sharding import Shardings, make_mesh
+from crosscoder_jax.training.evaluate import calibrate, evaluate
+from crosscoder_jax.training.loop import RunOptions, fit, put_batch
+
+BATCH = 32
+BASE, CHAT = cc.Source("base", 6), cc.Source("chat", 6)
+PAIR = cc.Sources((BASE, CHAT))
+DELTA = cc.Sources((BASE, cc.difference(CHAT, BASE)))
+AUX = cc.AuxK(0.5, k_aux=4, dead_after_tokens=2 * BATCH)
+VARIANTS = {
+    "crosscoder": {},
+    "AuxK at work": {"sparsity": cc.BatchTopK(k=0.5), "aux_k": AUX},
+    "difference SAE": {"sources": cc.Sources((cc.difference(CHAT, BASE),))},
+    "delta basis": {"sources": DELTA},
+    "delta basis, dedicated": {
+        "sources": DELTA,
+        "groups": exclusive_groups(DELTA, 0.25, k=1.0)[-1:],
+        "sparsity": cc.BatchTopK(k=2),
+    },
+    "delta loss": {"delta": cc.DeltaLoss(2.0)},
+    "source weights": {"loss": cc.SquaredError((1.0, 3.0))},
+    "dedicated": {"groups": exclusive_groups(PAIR, 0.25, is_encoder_masked=True)},
+    "tied and cheap": {"groups": (LatentGroup("shared", 0.5, is_tied=True, cost=0.2),)},
+    "tied norms": {"groups": (LatentGroup("shared", 0.5, is_norm_tied=True),)},
+    "weakly causal": {"groups": causal_groups([("base", ["base", "chat"]), ("chat", ["chat"])])},
+    "Matryoshka": {"matryoshka": cc.Matryoshka((0.25, 1.0))},
+    "TopK": {"sparsity": cc.TopK(k=3)},
+    "JumpReLU": {"sparsity": cc.JumpReLU(), "l0": cc.L0Penalty(0.1, target=3), "aux_k": None},
+    "L1": {"sparsity": cc.ReLU(), "l1": cc.L1OfNorms(0.05), "aux_k": None},
+    "decoupled codes": {"code_norm": cc.Decoupled()},
+    "frozen encoder": {"frozen": ("w_enc", "b_enc")},
+}
+
+
+def make(name, **changes):
+    return recipe(**({"sources": PAIR, "num_latents": 16} | VARIANTS[name] | changes))
+
+
+def derived(acts, config):
+    return config.crosscoder.sources.derive(jnp.asarray(acts), PAIR)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("variants") / "store", widths=(6, 6), num_tokens=600)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_on_a_mesh_it_takes_the_steps_of_one_device(name):
+    steps, mesh, config = 3, make_mesh(2, 4), make(name)
+    alone = cc.init_state(config)
+    batches = activations(BATCH * steps, (6, 6)).reshape(steps, BATCH, -1)
+    for batch in batches:
+        alone, _ = cc.train_step(alone, derived(batch, config), config=config)
+    with jax.set_mesh(mesh):
+        state = cc.init_state(config, shardings=Shardings.for_mesh(mesh))
+        for batch in batches:
+            on_mesh = put_batch(np.asarray(derived(batch, config)), mesh)
+            state, _ = cc.train_step(state, on_mesh, config=config)
+    for weight, value in weights(alone).items():
+        # Sums over shards are taken in another order; three steps of Adam at a rate of 0.01 carry it on.
+        np.testing.assert_allclose(weights(state)[weight], value, rtol=0, atol=1e-5, err_msg=weight)
+    np.testing.assert_allclose(state.threshold, alone.threshold, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stopped_and_going_on_it_ends_bit_for_bit_and_its_files_hold_it_whole(name, store, tmp_path):
+    config, options = make(name), RunOptions(checkpoint_every=10)
+    whole = fit(config, store, tmp_path / "whole", options=options)
+
+    class Stop(Exception):
+        pass
+
+    def stop(done, total, unit):
+        if done == 15:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(config, store, tmp_path / "run", options=options, progress=stop)
+    again = fit(config, store, tmp_path / "run", options=options)
+    loaded = cc.load(tmp_path / "run" / "crosscoder")
+    assert loaded.config == config.crosscoder
+    for other in (again, loaded):
+        for tensor, value in tensors_of(whole).items():
+            np.testing.assert_array_equal(tensors_of(other)[tensor], value, err_msg=tensor)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_at_inference_it_has_the_l0_that_it_is_calibrated_to(name, store):
+    config = make(name)
+    crosscoder = cc.init_state(config).crosscoder()
+    view = TokenView.of_split(store, Split(), held_out=True)
+    sparsity = config.crosscoder.sparsity
+    if not isinstance(sparsity, cc.BatchTopK):
+        with pytest.raises(ValueError, match="has no k to calibrate for"):
+            calibrate(crosscoder, view)
+        return
+    measured = evaluate(calibrate(crosscoder, view), view)
+    own = sum(group.k or 0.0 for group in config.crosscoder.groups)
+    # A cut lies between two scores: one token of the view more or less, and a thousandth for each budget.
+    tolerance = 2 / view.num_tokens + 2e-3 * sparsity.k
+    assert measured["l0_inference_rule"] == pytest.approx(sparsity.k + own, abs=tolerance)
