@@ -13,6 +13,7 @@ from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig, Fixed
 from crosscoder_jax.diffing.latent_scaling import LatentScaling
 from crosscoder_jax.sharding import Shardings
 from crosscoder_jax.sources import Source, Sources
+from crosscoder_jax.sparsity import BatchTopK
 
 GOLDEN = Path(__file__).parent / "golden"
 WIDTH, NUM_LATENTS = 8, 8
@@ -33,7 +34,9 @@ def make_crosscoder(
 ):
     """A crosscoder with given weights in normalised units."""
     shardings = Shardings() if shardings is None else shardings
-    config = CrosscoderConfig(sources, num_latents=w_dec.shape[0])
+    # Every positive pre-activation is kept at the training rule.
+    sparsity = BatchTopK(k=float(w_dec.shape[0]))
+    config = CrosscoderConfig(sources, num_latents=w_dec.shape[0], sparsity=sparsity)
     crosscoder = Crosscoder(config, key=jax.random.key(0), mean=mean, scale=scale, shardings=shardings)
 
     def put(values, spec):

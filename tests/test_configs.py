@@ -146,7 +146,7 @@ def test_a_union_of_several_refuses_data_that_do_not_say_which():
 
 
 def test_a_typo_in_a_nested_recipe_names_the_nearest_field():
-    data = config_to_json(cc.TrainConfig(config(), num_steps=2000))
+    data = config_to_json(cc.TrainConfig(config(sparsity=cc.BatchTopK(k=4)), num_steps=2000))
     data["crosscoder"]["num_latent"] = data["crosscoder"].pop("num_latents")
     message = r"config.crosscoder has no field 'num_latent': did you mean 'num_latents'\?"
     with pytest.raises(ValueError, match=message):

@@ -145,9 +145,6 @@ class HarvestConfig:
     mark may follow ``subset=NAME`` and ``split=NAME`` of a hub dataset, ``column=NAME`` to read in place of
     a conversation or ``text``, ``share=NUMBER`` (1) and ``unit=line``, ``paragraph`` or ``file`` of a .txt
     file, joined by & and in quotes: 'web=HuggingFaceFW/fineweb?subset=sample-10BT&share=2'."""
-    between: tuple[str, ...] = ()
-    """More models, such as checkpoints of the fine-tune in their order: each ``name=model``, or
-    ``name=model@revision`` of a model on the hub. Their sources lie between ``base`` and ``chat``."""
     layers: tuple[int, ...] | None = None
     """Blocks after which the residual stream is read, from 0. None is the middle one, ``blocks // 2``."""
     chat_layers: tuple[int, ...] | None = None
@@ -180,6 +177,9 @@ class HarvestConfig:
     """Seed to shuffle the rows within a buffer of 10,000; None keeps the order of the files."""
     checkpoint_tokens: int = 65_536
     """Tokens between two points from which an interrupted harvest goes on."""
+    between: tuple[str, ...] = ()
+    """More models, such as checkpoints of the fine-tune in their order: each ``name=model``, or
+    ``name=model@revision`` of a model on the hub. Their sources lie between ``base`` and ``chat``."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "context", "batch_size", "skip_positions", "checkpoint_tokens"):
