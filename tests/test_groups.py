@@ -192,7 +192,7 @@ def test_costs_are_not_lost_on_the_way_to_a_format_that_has_none(tmp_path):
     crosscoder = trained(30).crosscoder()
     with pytest.raises(ValueError, match=r"group 'shared' has cost=0\.25, which no other format keeps: save"):
         cc.save(crosscoder, tmp_path / "file", format="dictionary_learning")
-    assert cc.save(cc.fold_normalization(crosscoder), tmp_path / "folded", format="dictionary_learning_pt")
+    assert cc.save(cc.fold_normalization(crosscoder), tmp_path / "folded", format="dictionary_learning")
 
 
 # Budgets: groups whose latents are ranked among themselves.
