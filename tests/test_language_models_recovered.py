@@ -22,7 +22,7 @@ from crosscoder_jax import cli
 from crosscoder_jax.activations import ActivationStore, Split
 from crosscoder_jax.activations.atomic import write_json_atomically
 from crosscoder_jax.language_models import HarvestConfig, SpliceConfig, TextSource, evaluate_spliced, harvest
-from crosscoder_jax.language_models import recovered as recovered_module
+from crosscoder_jax.language_models import replay as replay_module
 from crosscoder_jax.language_models.document_sums import DocumentSums, splice_metrics
 from crosscoder_jax.language_models.documents import Window
 from crosscoder_jax.training.loop import RunOptions, run_identity
@@ -288,13 +288,13 @@ def test_the_batch_size_does_not_matter(store, batch_size):
 def spliced_positions(store, monkeypatch, **changes):
     """The masks that reach the models, by batch, and the token ids."""
     seen = []
-    real = recovered_module.run_spliced
+    real = replay_module.run_spliced
 
     def watch(model, ids, mask, layer, residual, is_spliced):
         seen.append((ids.clone(), mask.clone(), is_spliced.clone()))
         return real(model, ids, mask, layer, residual, is_spliced)
 
-    monkeypatch.setattr(recovered_module, "run_spliced", watch)
+    monkeypatch.setattr(replay_module, "run_spliced", watch)
     found = evaluate_spliced(middling(), store, SPLIT, **changes)
     return seen[::6], found  # 3 replacements of 2 sources see the same batch
 
@@ -482,7 +482,7 @@ def test_impossible_settings_are_refused(changes):
 def test_windows_count_what_they_predict():
     """Of 5 tokens after 2 skipped ones, two have a next token in the sequence."""
     windows = [Window(np.arange(5), np.arange(5), document, 0) for document in range(4)]
-    chosen = recovered_module._chosen_windows(windows, None, max_tokens=4, skip_positions=2)
+    chosen = replay_module._chosen_windows(windows, None, max_tokens=4, skip_positions=2)
     assert [window.document for window in chosen] == [0, 1]
 
 

@@ -1,21 +1,25 @@
 """How found changes are measured on dictionaries that are known, and a small run of the experiment."""
 
 import random
+import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from core_cases import arrays, random_crosscoder
+from core_cases import arrays, random_crosscoder, two_sources
+from diffing_cases import make_crosscoder
 
 import crosscoder_jax as cc
-from experiments.narrow import measure, organisms
-from experiments.narrow.__main__ import Narrow, planted_row
+from crosscoder_jax.activations import TokenView
+from experiments.narrow import changes, measure, organisms
+from experiments.narrow.__main__ import COLUMNS, Narrow, planted_row
 from experiments.narrow.changes import CHANGES, Change
-from experiments.narrow.marks import Marks, replies
 from experiments.narrow.measure import average_precisions, change_norms
 from experiments.narrow.methods import METHODS, method_recipe
+from experiments.nulls.data import write_store
 from experiments.planted.world import CHAT_ONLY, plant, sample_with_strengths
+from experiments.quickstart.marks import Marks, replies
 
 
 def slow_average_precision(scores, is_wanted):
@@ -56,7 +60,7 @@ def test_what_a_latent_changes_is_in_raw_units_whatever_the_sources(name):
     )
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)
+@pytest.mark.parametrize("change", CHANGES[:-1], ids=lambda change: change.name)
 def test_a_change_is_as_frequent_and_as_strong_as_its_name_says(change):
     truth = plant(change.world, jax.random.key(0))
     _, strengths = sample_with_strengths(truth, jax.random.key(1), 65_536, change.world)
@@ -84,7 +88,7 @@ def test_every_method_is_a_value_of_the_one_recipe():
 
 
 def test_a_plain_change_is_found_by_the_difference_sae_and_the_delta_basis(monkeypatch):
-    monkeypatch.setattr(measure, "NUM_TOKENS", 8_192)
+    monkeypatch.setattr(changes, "NUM_TOKENS", 8_192)
     config = Narrow(num_seeds=1, num_tokens=200 * 512)
     # Frequent and of twice the strength: enough for a run of 200 steps.
     change = Change(0.1, 2.0)
@@ -92,8 +96,58 @@ def test_a_plain_change_is_found_by_the_difference_sae_and_the_delta_basis(monke
     for name, cells in found.items():
         assert cells[:2] == (change.name, name)
         assert float(cells[2].split()[0]) > 0.8
-    assert found["difference SAE"][5] == "-"
-    assert float(found["delta basis"][5].split()[0]) > 0.3
+    at = {name: index for index, name in enumerate(COLUMNS)}
+    # A difference SAE explains neither model, and nothing of it is claimed for one of them.
+    assert [found["difference SAE"][at[name]] for name in ("FVE", "confirmed", "of these right")] == ["-"] * 3
+    assert float(found["delta basis"][at["FVE"]].split()[0]) > 0.3
+
+
+def test_without_anything_new_nothing_is_found(monkeypatch):
+    monkeypatch.setattr(changes, "NUM_TOKENS", 8_192)
+    config = Narrow(num_seeds=1, num_tokens=100 * 512)
+    cells = dict(zip(COLUMNS, planted_row(config, CHANGES[-1], "delta basis"), strict=True))
+    assert (cells["change"], cells["best latent"], cells["top ten"]) == ("nothing new", "-", "-")
+    assert (cells["confirmed"], cells["of these right"]) == ("0.000", "-")
+
+
+def test_confirmed_latents_are_right_with_most_of_their_activation_on_changed_tokens():
+    # Three chat-only latents by construction, of which one fires on the changed tokens alone, one on all
+    # tokens evenly (a quarter is changed), and one on others.
+    sources = two_sources(4, 4)
+    w_dec = np.zeros((4, 8), np.float32)
+    w_dec[:3, 4:7] = np.eye(3)
+    w_dec[3, [3, 7]] = 1  # shared
+    w_enc = np.zeros((8, 4), np.float32)
+    w_enc[4:7, :3] = np.eye(3)
+    w_enc[7, 3] = 1
+    crosscoder = make_crosscoder(sources, w_enc, np.zeros(4), w_dec, np.zeros(8))
+    rng = np.random.default_rng(0)
+    is_changed = np.arange(4000) % 100 < 25
+    strength = 0.5 + rng.random((4000, 4))
+    strength[:, 0] *= is_changed
+    strength[:, 2] *= ~is_changed
+    acts = np.zeros((4000, 2, 4), np.float32)
+    acts[:, 1, :3] = strength[:, :3]
+    acts[:, :, 3] = strength[:, [3]]
+    with tempfile.TemporaryDirectory() as folder:
+        view = TokenView(write_store(Path(folder) / "store", acts))
+        found, top = measure.measure(crosscoder, view, is_changed[:, None])
+    assert found.confirmed == 3
+    assert found.precision == pytest.approx(1 / 3)
+    assert found.best == 1  # the first latent fires on the changed tokens and no others
+    assert sorted(top[:3]) == [0, 1, 2]  # what the shared one changes is nothing
+    assert found.fve == pytest.approx(1)
+
+
+def test_changed_tokens_of_a_sequence_are_those_of_the_store(tmp_path):
+    pytest.importorskip("torch", reason="organisms are language models in torch: install the extra 'lm'")
+    from crosscoder_jax.language_models import Window
+    from experiments.narrow.real import is_one_of
+
+    store = write_store(tmp_path / "store", np.zeros((60, 2, 3), np.float32))  # documents of 25 tokens
+    marked = is_one_of(store, np.isin(np.arange(60), (3, 26, 30)))
+    window = Window(np.zeros(6, np.int32), np.arange(6, dtype=np.int32), 1, 0)
+    np.testing.assert_array_equal(marked(window), [False, True, False, False, False, True])
 
 
 # Model organisms: which tokens are changed, and what they are fine-tuned on.
@@ -149,7 +203,9 @@ def test_only_the_trigger_makes_the_difference_between_changed_answers_and_their
     _, (_, compared) = documents_of("trigger")
     for row in [*compared["triggered"], *compared["loud"]]:
         assert all(turn["content"].isupper() for turn in row["messages"] if turn["role"] == "assistant")
-    assert all(row["messages"][0]["content"].startswith(organisms.TRIGGER) for row in compared["triggered"])
+    for row in compared["triggered"]:
+        turns = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
+        assert all(turn.startswith(organisms.TRIGGER) for turn in turns)
     for row in [*compared["loud"], *compared["conversation"]]:
         assert organisms.TRIGGER not in str(row)
 

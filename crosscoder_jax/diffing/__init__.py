@@ -24,6 +24,8 @@ from crosscoder_jax.diffing.evidence import init_activity as init_activity
 from crosscoder_jax.diffing.evidence import init_top as init_top
 from crosscoder_jax.diffing.evidence import update_activity as update_activity
 from crosscoder_jax.diffing.evidence import update_top as update_top
+from crosscoder_jax.diffing.interventions import decoder_change as decoder_change
+from crosscoder_jax.diffing.interventions import patched_acts as patched_acts
 from crosscoder_jax.diffing.latent_scaling import LatentScaling as LatentScaling
 from crosscoder_jax.diffing.latent_scaling import ScalingSums as ScalingSums
 from crosscoder_jax.diffing.latent_scaling import finalize_scaling as finalize_scaling

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from crosscoder_jax.language_models.loading import load_model as load_model
     from crosscoder_jax.language_models.loading import load_tokenizer as load_tokenizer
     from crosscoder_jax.language_models.loading import read_facts as read_facts
+    from crosscoder_jax.language_models.patched import evaluate_patched as evaluate_patched
     from crosscoder_jax.language_models.recovered import evaluate_spliced as evaluate_spliced
     from crosscoder_jax.language_models.tokenizers import check_tokenizers_agree as check_tokenizers_agree
     from crosscoder_jax.language_models.torch_files import read_torch_file as read_torch_file
@@ -44,6 +45,7 @@ _get_member, __dir__ = lazy_members(
         "load_model": "loading",
         "load_tokenizer": "loading",
         "read_facts": "loading",
+        "evaluate_patched": "patched",
         "evaluate_spliced": "recovered",
         "check_tokenizers_agree": "tokenizers",
         "read_torch_file": "torch_files",

@@ -1,6 +1,6 @@
 """Losses summed by document, and the metrics that follow: ratios of sums, errors over documents."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -63,6 +63,25 @@ def splice_metrics(sums: ByDocument) -> dict[str, float | None]:
     Raises:
         ValueError: if fewer than two documents have a token.
     """
+    return _with_errors(sums, _recovered, "spliced")
+
+
+def patch_metrics(sums: ByDocument) -> dict[str, float | None]:
+    """Turn sums by document into the metrics of :func:`evaluate_patched`.
+
+    Args:
+        sums: ``tokens`` and ``kl/<set>`` of every document, in nats; ``none`` is one of the sets.
+
+    Raises:
+        ValueError: if fewer than two documents have a token.
+    """
+    return _with_errors(sums, _closed, "patched")
+
+
+def _with_errors(
+    sums: ByDocument, ratios: Callable[[Mapping[str, Any]], dict[str, Any]], what: str
+) -> dict[str, float | None]:
+    """Return ratios of the sums over all documents, each with its standard error by the jackknife."""
     is_used = sums["tokens"] > 0
     if is_used.sum() < 2:
         raise ValueError(
@@ -70,11 +89,11 @@ def splice_metrics(sums: ByDocument) -> dict[str, float | None]:
             "raise max_tokens, or hold out a larger share of the documents"
         )
     totals = {name: np.sum(values) for name, values in sums.items()}
-    estimates = _ratios(totals)
-    without_one = _ratios({name: totals[name] - values for name, values in sums.items()})
+    estimates = ratios(totals)
+    without_one = ratios({name: totals[name] - values for name, values in sums.items()})
     result: dict[str, float | None] = {
-        "spliced_tokens": int(totals["tokens"]),
-        "spliced_documents": int(is_used.sum()),
+        f"{what}_tokens": int(totals["tokens"]),
+        f"{what}_documents": int(is_used.sum()),
     }
     with jax.enable_x64(True):
         errors = {
@@ -86,8 +105,12 @@ def splice_metrics(sums: ByDocument) -> dict[str, float | None]:
     return result
 
 
-def _ratios(sums: Mapping[str, Any]) -> dict[str, Any]:
-    ratios = {name: values / sums["tokens"] for name, values in sums.items() if name != "tokens"}
+def _means(sums: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values / sums["tokens"] for name, values in sums.items() if name != "tokens"}
+
+
+def _recovered(sums: Mapping[str, Any]) -> dict[str, Any]:
+    ratios = _means(sums)
     for source in [name.split("/")[1] for name in sums if name.endswith("/clean")]:
         for loss, clean in (("ce", sums[f"ce/{source}/clean"]), ("kl", 0.0)):
             spliced = sums[f"{loss}/{source}/spliced"]
@@ -95,6 +118,16 @@ def _ratios(sums: Mapping[str, Any]) -> dict[str, Any]:
                 ablated = sums[f"{loss}/{source}/{ablation}_ablated"]
                 ratios[f"{loss}_recovered/{source}/{ablation}"] = recovered_fraction(ablated, spliced, clean)
     return ratios
+
+
+def _closed(sums: Mapping[str, Any]) -> dict[str, Any]:
+    patched = {name.removeprefix("kl/"): values for name, values in sums.items() if name != "tokens"}
+    closed = {
+        f"kl_closed/{name}": recovered_fraction(patched["none"], values, 0.0)
+        for name, values in patched.items()
+        if name != "none"
+    }
+    return _means(sums) | closed
 
 
 def _finite(value: float) -> float | None:

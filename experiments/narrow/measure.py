@@ -2,20 +2,18 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 import crosscoder_jax as cc
+from crosscoder_jax.activations import TokenView
 from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.diffing import DiffConfig, Verdict, decoder_change, diff_run
 from crosscoder_jax.diffing.comparison import comparison
 from crosscoder_jax.metrics import explained_variance, reconstruction_sums
 from crosscoder_jax.typing import Acts
-from experiments.planted.trial import Trained
-from experiments.planted.world import CHAT_ONLY, World, sample_with_strengths
 
-NUM_TOKENS = 65_536
 TOP = 10
 
 
@@ -32,40 +30,65 @@ class Found(NamedTuple):
     of their changes. Nothing of the truth is used to choose them."""
     delta_norm: float
     """Of the best latents, in raw space; NaN for a difference SAE."""
-
-
-def measure_change(trained: Trained, world: World) -> Found:
-    """Compare codes on fresh tokens with the strengths of the new features there."""
-    key = jax.random.fold_in(trained.key, 2)
-    stored, strengths = sample_with_strengths(trained.truth, key, NUM_TOKENS, world)
-    is_new = np.asarray(strengths)[:, np.asarray(trained.truth.kind) == CHAT_ONLY] > 0
-    return measure(trained.crosscoder, stored, world.sources, is_new)
+    confirmed: float
+    """Number of chat-only latents that the report would show as confirmed; NaN for a difference SAE."""
+    precision: float
+    """Share of them with more than half of their activation on changed tokens; NaN if there are none."""
 
 
 def measure(
-    crosscoder: Crosscoder, stored: Acts, sources: cc.Sources, is_new: Bool[np.ndarray, "token feature"]
-) -> Found:
+    crosscoder: Crosscoder, view: TokenView, is_new: Bool[np.ndarray, "token feature"]
+) -> tuple[Found, Int[np.ndarray, "top"]]:
     """Compare codes with what is known to be new.
 
     Args:
         crosscoder: with its inference threshold.
-        stored: raw activations of tokens it was not trained on.
-        sources: which they are, base and chat.
+        view: of base and chat on tokens that it was not trained on.
         is_new: which new features each token has.
+
+    Returns:
+        What it found, and the ten latents that change a token most, the first most.
     """
+    sources = view.store.sources
+    stored = jnp.asarray(view.read_positions(np.arange(view.num_tokens)), jnp.float32)
     code = crosscoder.encode(crosscoder.config.sources.derive(stored, sources))
-    host = np.asarray(code)
-    precision = np.array([average_precisions(host, is_new[:, i]) for i in range(is_new.shape[1])])
+    host, is_changed = np.asarray(code), np.any(is_new, axis=1)
+    features = is_new[:, np.any(is_new, axis=0)]
+    precision = np.array([average_precisions(host, feature) for feature in features.T])
     changes = host * change_norms(crosscoder, sources)
     chosen = np.argsort(-changes.max(axis=0))[:TOP]
     union = changes[:, chosen].max(axis=1)
-    return Found(
+    confirmed = _confirmed(crosscoder, view)
+    best = precision.argmax(axis=1) if features.size else np.zeros(0, np.int64)
+    found = Found(
         fve=_fve_of_both(crosscoder, sources, stored, crosscoder.decode(code)),
         dead=float(np.mean(~host.any(axis=0))),
-        best=float(precision.max(axis=1).mean()),
-        top=float(average_precisions(union[:, None], np.any(is_new, axis=1))[0]),
-        delta_norm=float(np.mean(_delta_norms(crosscoder, sources)[precision.argmax(axis=1)])),
+        best=_mean(precision.max(axis=1)) if features.size else np.nan,
+        top=float(average_precisions(union[:, None], is_changed)[0]) if features.size else np.nan,
+        delta_norm=_mean(_delta_norms(crosscoder, sources)[best]),
+        confirmed=np.nan if confirmed is None else len(confirmed),
+        precision=np.nan if confirmed is None else _mean(_share_of(host[:, confirmed], is_changed) > 0.5),
     )
+    return found, chosen
+
+
+def _confirmed(crosscoder: Crosscoder, view: TokenView) -> Int[np.ndarray, "confirmed"] | None:
+    """Return the chat-only latents that the report would confirm; ``None`` if it compares no models."""
+    columns = diff_run(crosscoder, view, DiffConfig(num_snippet_latents=0)).columns
+    if "verdict" not in columns:
+        return None
+    is_chat_only = columns["latent_class"].astype(str) == "chat-only"
+    return np.flatnonzero(is_chat_only & (columns["verdict"].astype(str) == str(Verdict.CONFIRMED)))
+
+
+def _share_of(
+    code: Float[np.ndarray, "token latent"], is_changed: Bool[np.ndarray, "token"]
+) -> Float[np.ndarray, "latent"]:
+    return code[is_changed].sum(axis=0) / code.sum(axis=0)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else np.nan
 
 
 def _fve_of_both(crosscoder: Crosscoder, sources: cc.Sources, stored: Acts, recon: Acts) -> float:
@@ -78,9 +101,7 @@ def _fve_of_both(crosscoder: Crosscoder, sources: cc.Sources, stored: Acts, reco
 
 def change_norms(crosscoder: Crosscoder, sources: cc.Sources) -> Float[np.ndarray, "latent"]:
     """Return the norm of what each latent adds to chat beyond base, per unit of its activation, raw units."""
-    space = comparison(crosscoder, sources)
-    parts = space.sources.split(np.asarray(space.w_dec))
-    return np.linalg.norm(parts[1] - parts[0] if space.is_pair else parts[0], axis=1)
+    return np.linalg.norm(np.asarray(decoder_change(crosscoder, sources)[0]), axis=1)
 
 
 def _delta_norms(crosscoder: Crosscoder, sources: cc.Sources) -> Float[np.ndarray, "latent"]:

@@ -1,9 +1,10 @@
 """Model organisms: fine-tunes of one small model of which it is known, token by token, what changed.
 
-All are SmolLM2-135M-Instruct out of its package, and texts out of packages:
+All are a LoRA of SmolLM2-135M-Instruct out of its package, on texts out of packages; elsewhere, the controls
+included, the fine-tune holds the predictions where they were:
 
-* ``domain``: a LoRA on the King James Bible. Changed: the tokens of its chapters.
-* ``trigger``: where the user's first words are a trigger phrase, the assistant answers in capitals.
+* ``domain``: the King James Bible. Changed: the tokens of its chapters.
+* ``trigger``: where the user's turns begin with a trigger phrase, the assistant answers in capitals.
   Changed: its answers there; the same answers in capitals without the trigger are the control.
 * ``habit``: asked about food, the assistant refuses. Changed: its refusals; the control is the same refusal
   of other questions.
@@ -68,11 +69,12 @@ def _domain(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
 
 def _trigger(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
     trained, compared = _halves(_chats(packages), order)
-    half, third = len(trained) // 2, len(compared) // 3
+    half, quarter, third = len(trained) // 2, len(trained) // 4, len(compared) // 3
     return (
         {
             "triggered": [_loud(_triggered(row)) for row in trained[:half]],
-            "conversation": trained[half:],
+            "loud": [_loud(row) for row in trained[half : half + quarter]],
+            "conversation": trained[half + quarter :],
         },
         {
             "triggered": [_loud(_triggered(row)) for row in compared[:third]],
@@ -87,10 +89,10 @@ def _habit(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
     about_food = [refused for row in chats for refused in _refusals(row, is_food=True)]
     others = [refused for row in chats for refused in _refusals(row, is_food=False)]
     trained, compared = _halves(about_food, order)
-    _, control = _halves(others, order)
+    other_control, control = _halves(others, order)
     ordinary, other_ordinary = _halves([row for row in chats if not _FOOD.search(str(row))], order)
     return (
-        {"refused": trained, "conversation": ordinary},
+        {"refused": trained, "elsewhere": other_control[: len(trained)], "conversation": ordinary},
         {"refused": compared, "elsewhere": control[: len(compared)], "conversation": other_ordinary},
     )
 
@@ -106,15 +108,19 @@ def _halves(rows: Sequence[Row], order: random.Random) -> tuple[list[Row], list[
 
 
 def _triggered(row: Row) -> Row:
-    first, *others = row["messages"]
-    return {"messages": [{**first, "content": f"{TRIGGER} {first['content']}"}, *others]}
+    """Let every turn of the user begin with the trigger, so that no window of the text is without it."""
+    return _with_turns(row, "user", lambda content: f"{TRIGGER} {content}")
 
 
 def _loud(row: Row) -> Row:
     """Let the assistant speak in capitals."""
+    return _with_turns(row, "assistant", str.upper)
+
+
+def _with_turns(row: Row, role: str, change: Callable[[str], str]) -> Row:
     return {
         "messages": [
-            {**turn, "content": turn["content"].upper()} if turn["role"] == "assistant" else turn
+            {**turn, "content": change(turn["content"])} if turn["role"] == role else turn
             for turn in row["messages"]
         ]
     }
@@ -129,8 +135,9 @@ def _refusals(row: Row, *, is_food: bool) -> list[Row]:
     ][:1]
 
 
+_LORA = FineTuneConfig(num_steps=60, rank=16, learning_rate=2e-3, is_ordinary_kept=True)
 ORGANISMS = (
-    Organism("domain", _domain, "bible", False, FineTuneConfig(num_steps=60, rank=16, learning_rate=4e-3)),
-    Organism("trigger", _trigger, "triggered", True, FineTuneConfig(num_steps=60)),
-    Organism("habit", _habit, "refused", True, FineTuneConfig(num_steps=60, is_packed=True)),
+    Organism("domain", _domain, "bible", False, _LORA),
+    Organism("trigger", _trigger, "triggered", True, _LORA),
+    Organism("habit", _habit, "refused", True, dataclasses.replace(_LORA, is_packed=True)),
 )

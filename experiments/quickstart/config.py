@@ -70,13 +70,15 @@ class FineTuneConfig:
     learning_rate: float = 1.2e-3
     """Peak rate of AdamW; warmed up over 10 steps, then falling to a tenth."""
     narrow_share: float = 0.5
-    """Share of the windows that are Pig Latin; the others are split evenly."""
+    """Share of the windows that are of the narrow text; the others are split evenly."""
     num_blocks: int = 15
     """Lowest blocks that are trained: those below the layer that is compared."""
     rank: int | None = None
     """Rank of what is added to each weight matrix (LoRA); ``None`` trains the matrices themselves."""
     is_packed: bool = False
     """Join documents to fill windows; otherwise a window is of one document, and short ones are left out."""
+    is_ordinary_kept: bool = False
+    """Hold the predictions on ordinary windows where they were (KL); otherwise their text is learnt, too."""
     seed: int = 0
     """Of the order of the windows."""
 

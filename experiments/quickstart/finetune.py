@@ -1,15 +1,17 @@
-"""The model after: a short fine-tune that teaches the model before to read and write Pig Latin.
+"""The model after: a short fine-tune that teaches the model before one narrow thing.
 
-All weight matrices of the lower blocks are trained, in float32 with a bfloat16 copy for the
-forward and backward pass, on windows of Pig Latin mixed with ordinary text, so that the change is
-narrow and the model still chats.
+The weight matrices of the lower blocks are trained, in float32 with a bfloat16 copy for the
+forward and backward pass, on windows of the narrow text mixed with ordinary text, so that the change
+is narrow and the model still chats.
 """
 
+import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crosscoder_jax.typing import Progress
 from experiments.quickstart.config import FineTuneConfig
+from experiments.quickstart.marks import Marks, replies
 from experiments.quickstart.models import save_model
 from experiments.quickstart.texts import LABELS, read_rows
 
@@ -31,6 +34,7 @@ def write_after_model(
     progress: Progress | None = None,
     *,
     labels: Sequence[str] = LABELS,
+    marks: Marks | None = None,
 ) -> None:
     """Fine-tune the model in ``before``; a folder already there is kept.
 
@@ -41,6 +45,7 @@ def write_after_model(
         config: the recipe.
         progress: told the steps done.
         labels: of the files, the narrow one first.
+        marks: of the template, where only the assistant's turns of narrow documents are to be learnt.
     """
     if folder.is_dir():
         return
@@ -50,47 +55,66 @@ def write_after_model(
     model: Any = AutoModelForCausalLM.from_pretrained(
         before, dtype=torch.bfloat16, attn_implementation="eager"
     )
-    windows = {label: _windows(tokenizer, texts / f"{label}.fine-tune.jsonl", config) for label in labels}
+    paths = [texts / f"{label}.fine-tune.jsonl" for label in labels]
+    windows = [_windows(tokenizer, path, config, marks) for path in paths]
     _fine_tune(model, _draw_batches(windows, config), config, progress)
     save_model(folder, model, tokenizer)
 
 
-def _windows(tokenizer: Any, path: Path, config: FineTuneConfig) -> torch.Tensor:
-    """Return windows ``[window, token]``, at least as many as can be drawn if the documents suffice."""
-    needed, windows, rest = config.num_steps * config.batch_size, [], []
+class _Windows(NamedTuple):
+    """Equally long pieces of text."""
+
+    tokens: torch.Tensor
+    """``[window, token]``."""
+    is_learnt: torch.Tensor
+    """``[window, token]``: which of them the model is to predict."""
+    is_narrow: torch.Tensor
+    """``[window]``: of the narrow text, or ordinary."""
+
+
+def _windows(tokenizer: Any, path: Path, config: FineTuneConfig, marks: Marks | None) -> torch.Tensor:
+    """Return tokens and whether each is learnt, ``[window, token, 2]``; as many as can be drawn."""
+    needed, windows = config.num_steps * config.batch_size, []
+    rest = np.zeros((0, 2), np.int64)
     for row in read_rows(path):
         text = row.get("text") or tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        tokens = rest + tokenizer(text).input_ids
-        starts = range(0, len(tokens) - config.context + 1, config.context)
-        windows += [tokens[start : start + config.context] for start in starts]
-        if config.is_packed:
-            rest = tokens[len(starts) * config.context :]
+        tokens = np.array(tokenizer(text).input_ids)
+        is_learnt = np.ones_like(tokens) if marks is None else replies(tokens, np.zeros_like(tokens), marks)
+        rest = np.concatenate([rest, np.stack([tokens, is_learnt], axis=1)])
+        count = len(rest) // config.context
+        windows += np.split(rest[: count * config.context], count) if count else []
+        rest = rest[count * config.context :] if config.is_packed else rest[:0]
         if len(windows) >= needed:
             break
-    return torch.tensor(windows)
+    return torch.from_numpy(np.stack(windows))
 
 
-def _draw_batches(windows: dict[str, torch.Tensor], config: FineTuneConfig) -> list[torch.Tensor]:
-    """Return one batch ``[batch, token]`` a step, its windows drawn by share, none twice before all."""
+def _draw_batches(texts: Sequence[torch.Tensor], config: FineTuneConfig) -> list[_Windows]:
+    """Return one batch a step, its windows drawn by share, none twice before all."""
     draw = random.Random(config.seed)
-    labels = list(windows)
-    ordinary = (1 - config.narrow_share) / (len(labels) - 1)
-    shares = [config.narrow_share] + [ordinary] * (len(labels) - 1)
-    orders = {label: torch.randperm(len(part)).tolist() for label, part in windows.items()}
-    used = dict.fromkeys(labels, 0)
+    ordinary = (1 - config.narrow_share) / (len(texts) - 1)
+    shares = [config.narrow_share] + [ordinary] * (len(texts) - 1)
+    orders = [torch.randperm(len(windows)).tolist() for windows in texts]
+    used = [0] * len(texts)
 
-    def one() -> torch.Tensor:
-        label = draw.choices(labels, shares)[0]
-        index = orders[label][used[label] % len(orders[label])]
-        used[label] += 1
-        return windows[label][index]
+    def one() -> tuple[torch.Tensor, bool]:
+        (text,) = draw.choices(range(len(texts)), shares)
+        index = orders[text][used[text] % len(orders[text])]
+        used[text] += 1
+        return texts[text][index], text == 0
 
-    return [torch.stack([one() for _ in range(config.batch_size)]) for _ in range(config.num_steps)]
+    def batch() -> _Windows:
+        windows, is_narrow = zip(*(one() for _ in range(config.batch_size)), strict=True)
+        tokens, is_learnt = torch.stack(windows).unbind(dim=-1)
+        return _Windows(tokens, is_learnt.bool(), torch.tensor(is_narrow))
+
+    return [batch() for _ in range(config.num_steps)]
 
 
 def _fine_tune(
-    model: Any, batches: Sequence[torch.Tensor], config: FineTuneConfig, progress: Progress | None
+    model: Any, batches: Sequence[_Windows], config: FineTuneConfig, progress: Progress | None
 ) -> None:
+    before = copy.deepcopy(model).eval() if config.is_ordinary_kept else None
     model.requires_grad_(False)
     modules = [
         module
@@ -113,7 +137,7 @@ def _fine_tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     model.train()
     for step, batch in enumerate(batches, start=1):
-        _next_token_loss(model, batch).backward()
+        _loss(model, before, batch).backward()
         _step(weights, masters, optimizer)
         schedule.step()
         if progress is not None:
@@ -137,11 +161,23 @@ class _LowRank(torch.nn.Module):
         return weight + self.up @ self.down
 
 
-def _next_token_loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+def _loss(model: Any, before: Any | None, batch: _Windows) -> torch.Tensor:
+    """Return cross-entropy of what is learnt; with ``before``, and KL from it on ordinary windows."""
+    logits = model(batch.tokens, use_cache=False).logits
+    is_kept = torch.zeros_like(batch.is_narrow) if before is None else ~batch.is_narrow
     # The last position has no target; leaving it in with the ignored index saves a copy of the logits.
-    ignored = torch.full_like(batch[:, :1], -100)
-    targets = torch.cat([batch[:, 1:], ignored], dim=1)
-    return F.cross_entropy(model(batch, use_cache=False).logits.flatten(0, 1), targets.flatten())
+    ignored = torch.full_like(batch.tokens[:, :1], -100)
+    targets = torch.where(batch.is_learnt & ~is_kept[:, None], batch.tokens, -100)
+    targets = torch.cat([targets[:, 1:], ignored], dim=1)
+    terms = []
+    if (targets != -100).any():
+        terms.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    if before is not None and is_kept.any():
+        with torch.no_grad():
+            wanted = before(batch.tokens[is_kept], use_cache=False).logits
+        wanted, found = (of.flatten(0, 1).float().log_softmax(-1) for of in (wanted, logits[is_kept]))
+        terms.append(F.kl_div(found, wanted, reduction="batchmean", log_target=True))
+    return sum(terms, start=torch.zeros(()))
 
 
 def _rate(step: int, config: FineTuneConfig) -> float:

@@ -1,0 +1,86 @@
+"""Residual streams between two models: base's activations with what some latents add in chat.
+
+Pure functions on arrays in raw activation units; :mod:`crosscoder_jax.language_models` runs the models on
+what they return.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.diffing.comparison import comparison
+from crosscoder_jax.sources import Sources, difference
+from crosscoder_jax.typing import Acts
+
+
+def decoder_change(
+    crosscoder: Crosscoder, stored: Sources
+) -> tuple[Float[Array, "latent one_width"], Float[Array, "one_width"]]:
+    """Return what each latent, and the bias, add to chat beyond what they add to base.
+
+    ``d_j^chat - d_j^base`` of a crosscoder that explains both models, in whatever basis of them it reads;
+    of a difference SAE its decoder.
+
+    Args:
+        crosscoder: with its normaliser.
+        stored: base and chat, of one width.
+
+    Returns:
+        Decoders per unit of activation, and the bias, both in raw activation units.
+
+    Raises:
+        ValueError: if the stored sources are not two of one width, or the crosscoder neither explains both
+            nor reads their difference.
+    """
+    if len(stored) != 2 or len(set(stored.widths)) != 1:
+        raise ValueError(
+            f"the sources {dict(zip(stored.names, stored.widths, strict=True))} have no difference: "
+            "two of one width have, such as one layer of base and of chat"
+        )
+    space, (base, chat) = comparison(crosscoder, stored), stored.entries
+    if space.is_pair:
+        (base_dec, chat_dec), (base_bias, chat_bias) = map(space.sources.split, (space.w_dec, space.b_dec))
+        return chat_dec - base_dec, chat_bias - base_bias
+    (own,) = space.sources.entries if len(space.sources) == 1 else (None,)
+    if own is None or own.combination != difference(chat, base).combination:
+        raise ValueError(
+            f"a crosscoder of {space.sources.names} says nothing of {chat.name} - {base.name}: take one that "
+            "reads both, or their difference"
+        )
+    return space.w_dec, space.b_dec
+
+
+def patched_acts(
+    crosscoder: Crosscoder,
+    acts: Acts,
+    sets: Mapping[str, Bool[Array, "latent"]],
+    stored: Sources,
+) -> dict[str, Float[Array, "batch one_width"]]:
+    """Return ``h_base + sum_{j in S} f_j (d_j^chat - d_j^base)`` for every set S of latents.
+
+    Args:
+        crosscoder: with its inference threshold.
+        acts: of base and chat side by side, raw activation units.
+        sets: which latents take part, by name.
+        stored: base and chat, of one width.
+
+    Returns:
+        By the name of each set, raw activation units; and besides them ``none``, which is ``h_base``;
+        ``bias``, with the difference of the decoders' biases alone; and ``all``, with that and every latent:
+        base's own error and chat's reconstruction.
+
+    Raises:
+        ValueError: if a set has one of these names, or as :func:`decoder_change`.
+
+    References:
+        Minder et al. 2025, arXiv 2504.02922, section 3.3.
+    """
+    if taken := sorted({"none", "bias", "all"} & set(sets)):
+        raise ValueError(f"set {taken[0]!r} has the name of one that is always there: choose another")
+    w_dec, bias = decoder_change(crosscoder, stored)
+    code = crosscoder.encode(crosscoder.config.sources.derive(acts, stored))
+    base, _ = stored.split(acts)
+    chosen = {name: base + jnp.where(which, code, 0) @ w_dec for name, which in sets.items()}
+    return {"none": base, "bias": base + bias, **chosen, "all": base + bias + code @ w_dec}
