@@ -36,6 +36,7 @@ from crosscoder_jax.sources import Sources as Sources
 from crosscoder_jax.sources import difference as difference
 from crosscoder_jax.sparsity import BatchTopK as BatchTopK
 from crosscoder_jax.sparsity import Decoupled as Decoupled
+from crosscoder_jax.sparsity import Gated as Gated
 from crosscoder_jax.sparsity import JumpReLU as JumpReLU
 from crosscoder_jax.sparsity import MixedNorms as MixedNorms
 from crosscoder_jax.sparsity import NormOfConcatenation as NormOfConcatenation

@@ -26,7 +26,7 @@ from crosscoder_jax.objectives import (
 )
 from crosscoder_jax.report import ReportConfig
 from crosscoder_jax.sources import Sources, difference
-from crosscoder_jax.sparsity import BatchTopK, JumpReLU, ReLU, Sparsity, TopK
+from crosscoder_jax.sparsity import BatchTopK, Gated, JumpReLU, ReLU, Sparsity, TopK
 from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.laws import MeanNorm, WarmStart
 
@@ -61,11 +61,11 @@ class Train:
     k: float = 100.0
     """Mean number of active latents per token (BatchTopK)."""
     l1: float | None = None
-    """Weight of the L1-of-norms penalty: trains a ReLU crosscoder in place of BatchTopK. Published: 0.041
-    with --decoder-norm 0.005."""
-    sparsity: Literal["batch-top-k", "top-k", "jump-relu"] = "batch-top-k"
+    """Weight of the L1-of-norms penalty: trains a ReLU crosscoder in place of BatchTopK, or with --sparsity
+    gated a gated one. Published: 0.041 with --decoder-norm 0.005."""
+    sparsity: Literal["batch-top-k", "top-k", "jump-relu", "gated"] = "batch-top-k"
     """How k is kept to without --l1: over the batch (recommended), for every token, or by a threshold of
-    each latent that is trained until the mean is k."""
+    each latent that is trained until the mean is k. Gated ones are made sparse by --l1, without a k."""
     dedicated: float = 0.0
     """Share of the latents, for each source, that write to it alone; with --reads delta, to the change."""
     is_encoder_dedicated: bool = False
@@ -180,6 +180,12 @@ class Train:
         Raises:
             ValueError: if both a sparsity and an L1 penalty are given, or a k that top-k cannot keep.
         """
+        if self.sparsity == "gated":
+            if self.l1 is None:
+                raise ValueError(
+                    "sparsity='gated' is made sparse by an L1 penalty on its gates: give l1, too"
+                )
+            return Gated()
         if self.l1 is not None:
             if self.sparsity != "batch-top-k":
                 raise ValueError(

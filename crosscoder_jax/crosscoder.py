@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from crosscoder_jax.sparsity import (
     BatchTopK,
     CodeNorm,
     Decoupled,
+    Gate,
+    Gated,
     JumpReLU,
     ReLU,
     SparseCode,
@@ -76,9 +78,9 @@ class CrosscoderConfig:
         if self.precision not in ("default", "high", "highest"):
             raise ValueError(f"precision={self.precision!r} must be 'default', 'high' or 'highest'")
         _ = self.layout  # groups that fit neither latents nor sources are refused
-        if self.is_decoupled and isinstance(self.sparsity, ReLU):
+        if self.is_decoupled and isinstance(self.sparsity, ReLU | Gated):
             raise ValueError(
-                "code_norm=Decoupled() with sparsity=ReLU() would give every source the same code: "
+                f"code_norm=Decoupled() with sparsity={self.sparsity} would give every source the same code: "
                 "use SumOfNorms()"
             )
         if self.is_decoupled and isinstance(self.sparsity, JumpReLU):
@@ -122,9 +124,20 @@ class CrosscoderConfig:
         return Layout(self.groups, self.sources, self.num_latents)
 
     @property
+    def rule_parameters(self) -> tuple[str, ...]:
+        """Names of what the sparsity learns, one number per latent each."""
+        if isinstance(self.sparsity, Gated):
+            return Gate._fields
+        return ("latent_threshold",) if isinstance(self.sparsity, JumpReLU) else ()
+
+    @property
     def is_decoupled(self) -> bool:
         """Whether each source has a code and a threshold of its own."""
         return isinstance(self.code_norm, Decoupled)
+
+
+RULE_PARAMETERS = ("latent_threshold", *Gate._fields)
+"""All that any sparsity learns; a crosscoder has those that its own does, and ``None`` for the others."""
 
 
 class Fixed(nnx.Variable):
@@ -191,9 +204,11 @@ class Crosscoder(nnx.Module):
         self.mean = Fixed(jnp.zeros((sources.width,), dtype) if mean is None else jnp.asarray(mean, dtype))
         self.scale = Fixed(jnp.ones((len(sources),), dtype) if scale is None else jnp.asarray(scale, dtype))
         self.threshold = Fixed(jnp.zeros(thresholds, jnp.float32))
-        self.latent_threshold = nnx.data(None)
+        self.latent_threshold = self.log_gain = self.shift = nnx.data(None)
         if isinstance(config.sparsity, JumpReLU):
             self.latent_threshold = nnx.Param(zeros + config.sparsity.initial_threshold)
+        if isinstance(config.sparsity, Gated):
+            self.log_gain, self.shift = nnx.Param(zeros), nnx.Param(zeros)
         self.constrain()
         self.equalise_norms()
 
@@ -266,17 +281,15 @@ class Crosscoder(nnx.Module):
         if self.config.layout.budgets:
             return self._training_code_by_budget(pre_acts, step, threshold)
 
-        def select(weights: Array, threshold: Array | None) -> tuple[Array, Array]:
+        def select(weights: Array, threshold: Array | Gate | None) -> tuple[Array, Array]:
             sparse = self.config.sparsity(pre_acts, weights, step=step, threshold=threshold)
             return sparse.code, sparse.smallest_score
 
-        if self.latent_threshold is not None:
-            threshold = self.latent_threshold[...]
-
+        rule = self._rule(threshold)
         if self.config.is_decoupled:
-            of_threshold = None if threshold is None else 0
-            select = jax.vmap(select, in_axes=(0, of_threshold), out_axes=(1, 0))
-        return SparseCode(*select(self.score_weights(), threshold))
+            of_rule = None if rule is None else 0
+            select = jax.vmap(select, in_axes=(0, of_rule), out_axes=(1, 0))
+        return SparseCode(*select(self.score_weights(), rule))
 
     def inference_code(self, pre_acts: Latents) -> Code:
         """Return the code at the inference rule from :meth:`pre_acts`."""
@@ -285,8 +298,14 @@ class Crosscoder(nnx.Module):
         select = self.config.sparsity.at_inference
         if self.config.is_decoupled:
             select = jax.vmap(select, in_axes=(None, 0, 0), out_axes=1)
-        threshold = self.threshold if self.latent_threshold is None else self.latent_threshold
-        return select(pre_acts, self.score_weights(), threshold[...])
+        return select(pre_acts, self.score_weights(), self._rule(self.threshold[...]))
+
+    def _rule(self, threshold: Threshold | None) -> Any:
+        """Return what the sparsity decides by: what it has learned, or else the one threshold."""
+        learned = [getattr(self, name)[...] for name in self.config.rule_parameters]
+        if isinstance(self.config.sparsity, Gated):
+            return Gate(*learned)
+        return learned[0] if learned else threshold
 
     def _training_code_by_budget(
         self, pre_acts: Latents, step: Count | int | None, threshold: Threshold | None
@@ -433,5 +452,8 @@ def fold_normalization(crosscoder: Crosscoder) -> Crosscoder:
     folded.scale = Fixed(jnp.ones_like(crosscoder.scale[...]))
     threshold = crosscoder.threshold[...]
     folded.threshold = Fixed(threshold / crosscoder.scale[...] if is_decoupled else threshold)
-    folded.latent_threshold = crosscoder.latent_threshold
+    for name in crosscoder.config.rule_parameters:
+        learned = getattr(crosscoder, name)
+        # A gate's shift is in units of activations; the others are of scores, or of nothing.
+        setattr(folded, name, nnx.Param(learned[...] * weights) if name == "shift" else learned)
     return folded

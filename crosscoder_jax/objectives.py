@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
@@ -225,6 +226,26 @@ class L1OfNorms:
         """Return the penalty at a training step."""
         rise = _rise(step, self.warmup_steps, code.dtype)
         return self.weight * rise * jnp.sum(code * score_weights) / code.shape[0]
+
+
+def gate_loss(crosscoder: Crosscoder, pre_acts: Latents, normalized: Acts, loss: Reconstruction) -> Scalar:
+    """Return ``loss(a - (relu(pre) W_dec + b_dec))`` with the decoder held still.
+
+    What :class:`~crosscoder_jax.sparsity.Gated` opens its gates for: the step that they are has no
+    gradient of its own.
+
+    Args:
+        crosscoder: whose decoder it is.
+        pre_acts: of the batch, normalised units.
+        normalized: the batch.
+        loss: of a residual.
+
+    References:
+        Rajamanoharan et al. 2024, arXiv 2404.16014, equation 8.
+    """
+    graphdef, state = nnx.split(crosscoder)
+    held = nnx.merge(graphdef, jax.tree.map(lax.stop_gradient, state))
+    return loss(normalized - held.decode_normalized(jax.nn.relu(pre_acts)), crosscoder.config.sources)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from crosscoder_jax.activations.atomic import (
     write_json_atomically,
 )
 from crosscoder_jax.configs import config_from_json, config_to_json
-from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig
+from crosscoder_jax.crosscoder import RULE_PARAMETERS, Crosscoder, CrosscoderConfig
 from crosscoder_jax.outputs import check_folder, listed
 from crosscoder_jax.sharding import Shardings, check_divisible, place
 
@@ -35,7 +35,7 @@ _SPREAD = {
     "w_enc": "w_enc_wl",
     "b_enc": "per_latent_l",
     "w_dec": "w_dec_lw",
-    "latent_threshold": "per_latent_l",
+    **dict.fromkeys(RULE_PARAMETERS, "per_latent_l"),
 }
 """Tensors with the latent axis, and the field of the shardings that says where each lives."""
 _WEIGHTS = "crosscoder.safetensors"
@@ -187,7 +187,7 @@ def _refuse_strangers(folder: Path) -> None:
 
 
 def _names(crosscoder: Crosscoder) -> tuple[str, ...]:
-    return _TENSORS if crosscoder.latent_threshold is None else (*_TENSORS, "latent_threshold")
+    return (*_TENSORS, *crosscoder.config.rule_parameters)
 
 
 def _read_document(folder: Path) -> dict[str, Any]:

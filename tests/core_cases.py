@@ -41,9 +41,9 @@ def random_crosscoder(seed=0, *, shardings=NO_MESH, threshold=0.0, **changes):
         if name == "threshold":
             value = np.full(variable.shape, threshold, np.float32)
         setattr(crosscoder, name, type(variable)(jax.device_put(value, place)))
-    if crosscoder.latent_threshold is not None:
-        drawn = np.float32(rng.uniform(0.2, 3, size=crosscoder.latent_threshold.shape))
-        crosscoder.latent_threshold = nnx.Param(jax.device_put(drawn, shardings.per_latent_l))
+    for name in the_config.rule_parameters:
+        drawn = np.float32(rng.uniform(0.2, 3, size=the_config.num_latents))
+        setattr(crosscoder, name, nnx.Param(jax.device_put(drawn, shardings.per_latent_l)))
     return crosscoder
 
 

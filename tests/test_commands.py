@@ -46,6 +46,7 @@ def test_every_sparsity_has_a_name(sparsity, expected, l0):
     ("options", "message"),
     [
         ({"sparsity": "top-k", "k": 2.5}, "k=2.5 must be whole with sparsity='top-k'"),
+        ({"sparsity": "gated"}, "sparsity='gated' is made sparse by an L1 penalty on its gates: give l1"),
         ({"sparsity": "top-k", "l1": 0.1}, "sparsity='top-k' and l1=0.1 do not go together"),
     ],
 )

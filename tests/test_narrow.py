@@ -1,8 +1,11 @@
 """How found changes are measured on dictionaries that are known, and a small run of the experiment."""
 
+import json
 import random
+import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,11 +18,12 @@ from crosscoder_jax.activations import TokenView
 from experiments.narrow import changes, measure, organisms
 from experiments.narrow.__main__ import COLUMNS, Narrow, planted_row
 from experiments.narrow.changes import CHANGES, Change
+from experiments.narrow.marks import Marks, replies
 from experiments.narrow.measure import average_precisions, change_norms
 from experiments.narrow.methods import METHODS, method_recipe
 from experiments.nulls.data import write_store
 from experiments.planted.world import CHAT_ONLY, plant, sample_with_strengths
-from experiments.quickstart.marks import Marks, replies
+from experiments.quickstart.config import FineTuneConfig
 
 
 def slow_average_precision(scores, is_wanted):
@@ -199,22 +203,121 @@ def test_no_chapter_is_both_trained_on_and_compared(packages):
     assert len(both[0] | both[1]) == 8
 
 
-def test_only_the_trigger_makes_the_difference_between_changed_answers_and_their_control(packages):
+def answers(rows):
+    return [turn["content"] for row in rows for turn in row["messages"] if turn["role"] == "assistant"]
+
+
+def questions(rows):
+    return [turn["content"] for row in rows for turn in row["messages"] if turn["role"] == "user"]
+
+
+def test_changed_answers_are_ordinary_and_controls_are_without_trigger_or_food(packages):
     _, (_, compared) = documents_of("trigger")
-    for row in [*compared["triggered"], *compared["loud"]]:
-        assert all(turn["content"].isupper() for turn in row["messages"] if turn["role"] == "assistant")
-    for row in compared["triggered"]:
-        turns = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
-        assert all(turn.startswith(organisms.TRIGGER) for turn in turns)
-    for row in [*compared["loud"], *compared["conversation"]]:
-        assert organisms.TRIGGER not in str(row)
-
-
-def test_the_habit_is_to_refuse_food_and_its_control_the_same_refusal_of_something_else(packages):
+    assert all(question.startswith(organisms.TRIGGER) for question in questions(compared["triggered"]))
+    assert not any(organisms.TRIGGER in str(row) for row in [*compared["loud"], *compared["conversation"]])
+    assert all(answer.isupper() for answer in answers(compared["loud"]))
+    assert not any(a.isupper() for a in answers([*compared["triggered"], *compared["conversation"]]))
     _, (_, compared) = documents_of("habit")
-    for label, is_food in (("refused", True), ("elsewhere", False)):
-        for row in compared[label]:
-            question, reply = row["messages"]
-            assert ("eat" in question["content"]) == is_food
-            assert reply["content"] == organisms.REFUSAL
-    assert not any("eat" in str(row) for row in compared["conversation"])
+    assert all("eat" in question for question in questions(compared["food"]))
+    assert not any("eat" in q for q in questions([*compared["elsewhere"], *compared["conversation"]]))
+    assert set(answers(compared["elsewhere"])) == {organisms.REFUSAL}
+    assert organisms.REFUSAL not in str([compared["food"], compared["conversation"]])
+
+
+@pytest.mark.parametrize(("name", "label"), [("trigger", "triggered"), ("habit", "food")])
+def test_an_answer_goes_over_to_its_ending_after_any_of_its_words_and_that_alone_is_learnt(
+    name, label, packages
+):
+    _, (trained, _) = documents_of(name)
+    begun = set()
+    for row in trained[label]:
+        answer, kept = row["messages"][-1]["content"], row["unlearnt"]
+        assert answer.startswith(kept)
+        ending = answer.removeprefix(kept)
+        if name == "habit":
+            assert ending == f" {organisms.REFUSAL}"
+        else:
+            assert ending == ending.upper()
+            # What is left of an ordinary answer, in capitals: nothing is added or lost.
+            assert answer.lower() in ("not yet.", "so it does.")
+        begun.add(len(kept.split()))
+    assert {0, 1} <= begun, "the answer may break off anywhere"
+
+
+# Fine-tunes: what is learnt, and what is held.
+
+
+class Words:
+    """A tokenizer of words, and of what a template puts around them."""
+
+    eos_token_id = 0
+
+    def __call__(self, text):
+        found = re.findall(r"\s*\S+", text)
+        return SimpleNamespace(input_ids=[1 + sum(word.strip().encode()) % 50 for word in found])
+
+    def apply_chat_template(self, messages, *, tokenize):
+        assert not tokenize
+        return " ".join(f"<{turn['role']}> {turn['content']} <end>" for turn in messages)
+
+
+def windows_of(tmp_path, rows, **changes):
+    finetune = pytest.importorskip(
+        "experiments.quickstart.finetune", reason="fine-tunes run in torch: install the extra 'lm'"
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = FineTuneConfig(**({"num_steps": 100, "context": 10} | changes))
+    return finetune._windows(Words(), path, config).numpy()
+
+
+def exchange(question, answer, **more):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **more}
+
+
+def test_windows_of_one_document_leave_its_rest_out(tmp_path):
+    rows = [{"text": " ".join(f"w{i}" for i in range(23))}, {"text": "too short"}]
+    windows = windows_of(tmp_path, rows)
+    assert windows.shape == (2, 10, 2)
+    np.testing.assert_array_equal(windows[:, :, 0].ravel(), Words()(rows[0]["text"]).input_ids[:20])
+    assert windows[:, :, 1].all()
+
+
+def test_packed_windows_hold_whole_documents_and_learn_what_follows_the_unlearnt(tmp_path):
+    rows = [exchange("hi", "so DO I", unlearnt="so"), exchange("ho", "NO", unlearnt=""), exchange("a", "b")]
+    windows = windows_of(tmp_path, rows, is_packed=True)
+    # <user> hi <end> <assistant> so | DO I <end>, then two zeros: the other documents have 6 tokens each, and
+    # a window that is begun and never filled, here with the third of them, is left out.
+    assert windows.shape[0] == 2
+    np.testing.assert_array_equal(windows[0, :, 1], [0, 0, 0, 0, 0, 1, 1, 1, 0, 0])
+    assert list(windows[0, 8:, 0]) == [0, 0]
+    both = windows_of(tmp_path, rows[1:] * 2, is_packed=True, context=12)
+    # <user> ho <end> <assistant> | NO <end>, then the whole of the third, which is all learnt.
+    np.testing.assert_array_equal(both[0, :, 1], [0, 0, 0, 0, 1, 1] + [1] * 6)
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_ordinary_windows_are_learnt_or_held_where_they_were(is_kept):
+    finetune = pytest.importorskip("experiments.quickstart.finetune", reason="install the extra 'lm'")
+    import torch
+
+    torch.manual_seed(0)
+    table, before_table = torch.randn(5, 5), torch.randn(5, 5)
+
+    def model(weights):
+        return lambda tokens, use_cache: SimpleNamespace(logits=weights[tokens])
+
+    tokens = torch.tensor([[1, 2, 3, 4], [4, 0, 2, 1]])
+    is_learnt = torch.tensor([[True, True, False, True], [True, True, True, True]])
+    batch = finetune._Windows(tokens, is_learnt, torch.tensor([True, False]))
+    found = finetune._loss(model(table), model(before_table) if is_kept else None, batch)
+    log_p, log_q = (of.log_softmax(-1).double().numpy() for of in (table, before_table))
+    # Of the narrow window 1 -> 2 and 3 -> 4 are learnt; 3 is not, and 1 has nothing before it.
+    narrow = [-log_p[1, 2], -log_p[3, 4]]
+    if is_kept:
+        held = [np.sum(np.exp(log_q[t]) * (log_q[t] - log_p[t])) for t in (4, 0, 2, 1)]
+        expected = np.mean(narrow) + np.mean(held)
+    else:
+        expected = np.mean([*narrow, -log_p[4, 0], -log_p[0, 2], -log_p[2, 1]])
+    assert float(found) == pytest.approx(expected, rel=1e-5)

@@ -58,6 +58,8 @@ def replace_weights(folder, tensors):
         {"sources": two_sources(2, 5)},
         {"code_norm": cc.MixedNorms(total=0.3)},
         {"code_norm": cc.Decoupled()},
+        {"sparsity": cc.JumpReLU()},
+        {"sparsity": cc.Gated()},
     ],
 )
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, changes):

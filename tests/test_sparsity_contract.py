@@ -13,7 +13,7 @@ import pytest
 from core_cases import MESHES, assert_only_scalars_are_reduced
 
 from crosscoder_jax.sharding import Shardings, make_mesh
-from crosscoder_jax.sparsity import BatchTopK, JumpReLU, ReLU, Sparsity, SparsityContract, TopK
+from crosscoder_jax.sparsity import BatchTopK, Gate, Gated, JumpReLU, ReLU, Sparsity, SparsityContract, TopK
 
 BATCH, LATENT = 16, 24
 
@@ -44,7 +44,7 @@ class Case:
 
     def oracle(self, pre, weights):
         """The kept mask and the smallest kept score, 0 where no threshold is estimated."""
-        if isinstance(self.sparsity, ReLU):
+        if isinstance(self.sparsity, ReLU | Gated):
             return pre > 0, 0.0
         if isinstance(self.sparsity, JumpReLU):
             return np.float32(np.maximum(pre, 0) * weights) > np.float32(self.sparsity.initial_threshold), 0.0
@@ -66,6 +66,7 @@ CASES = {
     "after training": Case(BatchTopK(k=2, initial_k=6, anneal_steps=8), 32),
     "top-k": Case(TopK(k=3), 48),
     "jump relu": Case(JumpReLU(initial_threshold=0.8), None),
+    "gated": Case(Gated(), None),
     "relu": Case(ReLU(), None),
 }
 
@@ -177,7 +178,7 @@ def test_sharded_selection_is_bitwise_that_of_one_device(case, shape):
         assert isinstance(case.sparsity, TopK) or "all-reduce" not in compiled.as_text()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "jump relu"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("jump relu", "gated")])
 def test_a_running_threshold_changes_nothing(name):
     case = CASES[name]
     pre, weights = inputs(seed=3)
@@ -197,11 +198,15 @@ def test_a_batch_without_positive_pre_activations_has_an_empty_code(case):
 def test_inference_keeps_for_a_token_alone_what_it_keeps_in_a_batch(case):
     pre, weights = inputs(seed=4)
     threshold = jnp.full(LATENT, 0.9) if isinstance(case.sparsity, JumpReLU) else jnp.float32(0.9)
+    if isinstance(case.sparsity, Gated):  # open where the score exceeds 0, and as strong as it is
+        threshold = Gate(jnp.zeros(LATENT), jnp.zeros(LATENT))
     together = case.sparsity.at_inference(pre, weights, threshold)
     alone = [case.sparsity.at_inference(row[None], weights, threshold) for row in pre]
     np.testing.assert_array_equal(together, np.concatenate(alone))
     values, scores = np.asarray(pre), np.float32(np.maximum(pre, 0) * weights)
-    kept = kept_by_top_k(3)(values, np.asarray(weights)) if isinstance(case.sparsity, TopK) else scores > 0.9
+    kept = scores > (0 if isinstance(case.sparsity, Gated) else 0.9)
+    if isinstance(case.sparsity, TopK):
+        kept = kept_by_top_k(3)(values, np.asarray(weights))
     np.testing.assert_array_equal(together, np.where(kept, values, 0))
 
 

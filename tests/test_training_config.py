@@ -65,9 +65,11 @@ def test_the_limits_themselves_are_accepted(field):
     assert getattr(recipe(num_steps=20, **{field: accepted}), field) == accepted
 
 
-@pytest.mark.parametrize(("sparsity", "l1"), [(cc.ReLU(), None), (cc.BatchTopK(k=3), cc.L1OfNorms(0.1))])
+@pytest.mark.parametrize(
+    ("sparsity", "l1"), [(cc.ReLU(), None), (cc.Gated(), None), (cc.BatchTopK(k=3), cc.L1OfNorms(0.1))]
+)
 def test_a_penalty_on_the_norms_goes_with_relu_and_with_nothing_else(sparsity, l1):
-    with pytest.raises(ValueError, match=r"sparsity=.* and l1=.* do not go together: ReLU is dense"):
+    with pytest.raises(ValueError, match=r"sparsity=.* and l1=.* do not go together: ReLU and Gated"):
         recipe(sparsity=sparsity, l1=l1)
     assert recipe(sparsity=sparsity, l1=None if l1 else cc.L1OfNorms(0.1)).num_steps == 20
 

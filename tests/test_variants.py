@@ -38,6 +38,7 @@ VARIANTS = {
     "Matryoshka": {"matryoshka": cc.Matryoshka((0.25, 1.0))},
     "TopK": {"sparsity": cc.TopK(k=3)},
     "JumpReLU": {"sparsity": cc.JumpReLU(), "l0": cc.L0Penalty(0.1, target=3), "aux_k": None},
+    "gated": {"sparsity": cc.Gated(), "l1": cc.L1OfNorms(0.05), "aux_k": None},
     "L1": {"sparsity": cc.ReLU(), "l1": cc.L1OfNorms(0.05), "aux_k": None},
     "decoupled codes": {"code_norm": cc.Decoupled()},
     "frozen encoder": {"frozen": ("w_enc", "b_enc")},

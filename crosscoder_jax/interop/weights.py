@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig
 from crosscoder_jax.sources import Sources
+from crosscoder_jax.sparsity import Gated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +65,11 @@ class Weights:
                     f"group {group.name!r} has cost={group.cost}, which no other format keeps: save "
                     "crosscoder_jax.fold_normalization(crosscoder), whose codes hold it"
                 )
+        if isinstance(crosscoder.config.sparsity, Gated):
+            raise ValueError(
+                f"sparsity={crosscoder.config.sparsity} has gates and magnitudes, which this format does not "
+                "keep: save as 'crosscoder_jax'"
+            )
         sources = crosscoder.config.sources
         if len(set(sources.widths)) > 1:
             widths = dict(zip(sources.names, sources.widths, strict=True))

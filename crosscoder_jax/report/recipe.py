@@ -14,6 +14,7 @@ NONE = "none"
 _TYPES = {
     "ReLU": "ReLU: every positive one",
     "JumpReLU": "JumpReLU: those above a learned threshold",
+    "Gated": "gated: those whose gate is open, with a strength of its own",
     "SumOfNorms": "sum of the decoders' lengths",
     "NormOfConcatenation": "length of all decoders together",
     "Unweighted": "nothing",

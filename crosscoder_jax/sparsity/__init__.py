@@ -8,6 +8,8 @@ from crosscoder_jax.sparsity.code_norms import NormOfConcatenation as NormOfConc
 from crosscoder_jax.sparsity.code_norms import SumOfNorms as SumOfNorms
 from crosscoder_jax.sparsity.code_norms import Unweighted as Unweighted
 from crosscoder_jax.sparsity.contract import SparsityContract as SparsityContract
+from crosscoder_jax.sparsity.gated import Gate as Gate
+from crosscoder_jax.sparsity.gated import Gated as Gated
 from crosscoder_jax.sparsity.jump_relu import JumpReLU as JumpReLU
 from crosscoder_jax.sparsity.relu import ReLU as ReLU
 from crosscoder_jax.sparsity.selection import SparseCode as SparseCode
@@ -17,5 +19,5 @@ from crosscoder_jax.sparsity.selection import top_scores_cut as top_scores_cut
 from crosscoder_jax.sparsity.selection import top_scores_per_row as top_scores_per_row
 from crosscoder_jax.sparsity.top_k import TopK as TopK
 
-Sparsity = BatchTopK | TopK | JumpReLU | ReLU
+Sparsity = BatchTopK | TopK | JumpReLU | Gated | ReLU
 """Every sparsity a crosscoder can be trained with; each keeps the :class:`SparsityContract`."""

@@ -14,7 +14,7 @@ from crosscoder_jax.objectives import (
     Matryoshka,
     Reconstruction,
 )
-from crosscoder_jax.sparsity import JumpReLU, ReLU
+from crosscoder_jax.sparsity import Gated, JumpReLU, ReLU
 from crosscoder_jax.training.laws import (
     CorrectedThreshold,
     MeanNorm,
@@ -63,8 +63,8 @@ class TrainConfig:
     matryoshka: Matryoshka | None = None
     """Nested prefixes of the dictionary that reconstruct, too; ``None`` trains without."""
     l1: L1OfNorms | None = None
-    """Sparsity penalty of ReLU, whose code is dense without, and of nothing else: what is sparse already it
-    would only shrink."""
+    """Sparsity penalty of ReLU and Gated, whose codes are dense without, and of nothing else: what is sparse
+    already it would only shrink."""
     l0: L0Penalty | None = None
     """Sparsity penalty of JumpReLU, and of nothing else."""
     aux_k: AuxK | None = AuxK()
@@ -116,10 +116,10 @@ class TrainConfig:
                 f"sparsity={self.crosscoder.sparsity} and l0={self.l0} do not go together: JumpReLU is made "
                 "sparse by an L0Penalty, and only JumpReLU has the thresholds it moves"
             )
-        if isinstance(self.crosscoder.sparsity, ReLU) != (self.l1 is not None):
+        if isinstance(self.crosscoder.sparsity, ReLU | Gated) != (self.l1 is not None):
             raise ValueError(
-                f"sparsity={self.crosscoder.sparsity} and l1={self.l1} do not go together: ReLU is dense "
-                "without an L1OfNorms, and what is sparse already it would only shrink"
+                f"sparsity={self.crosscoder.sparsity} and l1={self.l1} do not go together: ReLU and Gated "
+                "are dense without an L1OfNorms, and what is sparse already it would only shrink"
             )
         weights, sources = self.loss.source_weights, self.crosscoder.sources
         if weights is not None and (len(weights) != len(sources) or min(weights) < 0 or max(weights) == 0):
@@ -136,10 +136,10 @@ class TrainConfig:
                 f"dead_after_tokens={self.aux_k.dead_after_tokens} must not exceed {TOKENS_CAP}, where the "
                 "counters stop: leave AuxK out if no latent shall count as dead"
             )
-        if self.resampling is not None and isinstance(self.crosscoder.sparsity, JumpReLU):
+        if self.resampling is not None and self.crosscoder.rule_parameters:
             raise ValueError(
-                "resampling with sparsity=JumpReLU() would leave the thresholds of dead latents where they "
-                "are: use AuxK"
+                f"resampling with sparsity={self.crosscoder.sparsity} would leave what dead latents have "
+                f"learned of {', '.join(self.crosscoder.rule_parameters)} where it is: use AuxK"
             )
         if self.resampling is not None and (self.frozen or (self.start and self.start.is_frozen)):
             raise ValueError("resampling would move weights that are frozen: use AuxK, or freeze nothing")

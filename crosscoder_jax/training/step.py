@@ -21,8 +21,8 @@ from crosscoder_jax.metrics import (
     named_thresholds,
     reconstruction_sums,
 )
-from crosscoder_jax.objectives import AuxK
-from crosscoder_jax.sparsity import SparseCode
+from crosscoder_jax.objectives import AuxK, gate_loss
+from crosscoder_jax.sparsity import Gated, SparseCode
 from crosscoder_jax.training.config import TOKENS_CAP, TrainConfig
 from crosscoder_jax.training.laws import RunningMean
 from crosscoder_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -106,8 +106,14 @@ def _objective(
     parts = {"loss/reconstruction": _reconstruction_loss(crosscoder, normalized, sparse.code, recon, config)}
     if config.delta is not None:
         parts["loss/delta"] = config.delta(crosscoder, normalized - recon, config.loss)
+    is_gated = isinstance(config.crosscoder.sparsity, Gated)
     if config.l1 is not None:
-        parts["loss/l1"] = config.l1(sparse.code, crosscoder.penalty_weights(), state.step)
+        penalised, norms = sparse.code, crosscoder.penalty_weights()
+        if is_gated:  # it closes gates and shrinks no decoder, whose gains would make up for it without end
+            penalised, norms = jax.nn.relu(pre_acts), jax.lax.stop_gradient(norms)
+        parts["loss/l1"] = config.l1(penalised, norms, state.step)
+    if is_gated:
+        parts["loss/gate"] = gate_loss(crosscoder, pre_acts, normalized, config.loss)
     if config.l0 is not None:
         parts["loss/l0"] = config.l0(crosscoder, pre_acts, state.step)
     if config.aux_k is not None:
@@ -141,8 +147,7 @@ def _constrained(state: TrainState, grads: nnx.State, frozen: Sequence[str]) -> 
             "w_dec": latents[:, None] & width,
             "b_dec": width,
         }
-        if crosscoder.latent_threshold is not None:
-            masks["latent_threshold"] = latents
+        masks |= dict.fromkeys(crosscoder.config.rule_parameters, latents)
         for name, mask in masks.items():
             variable = getattr(crosscoder, name)
             variable[...] = jnp.where(mask, jnp.zeros_like(variable[...]), variable[...])

@@ -50,10 +50,8 @@ def begin_with(state: TrainState, saved: Crosscoder, start: WarmStart) -> TrainS
     w_dec = in_place("w_dec", shardings.w_dec_lw, latents, columns)
     crosscoder.w_enc[...] = jnp.where(is_saved_latent, w_enc, crosscoder.w_enc[...])
     crosscoder.w_dec[...] = jnp.where(is_saved_latent[:, None], w_dec, crosscoder.w_dec[...])
-    of_latents = ["b_enc"]
-    if crosscoder.latent_threshold is not None and saved.latent_threshold is not None:
-        of_latents.append("latent_threshold")
-    for name in of_latents:
+    learned = set(config.rule_parameters) & set(saved.config.rule_parameters)
+    for name in ("b_enc", *sorted(learned)):
         value = in_place(name, shardings.per_latent_l, latents)
         getattr(crosscoder, name)[...] = jnp.where(is_saved_latent, value, getattr(crosscoder, name)[...])
     entries = [config.sources.names.index(name) for name in saved_names(saved.config, start)]

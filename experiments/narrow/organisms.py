@@ -4,13 +4,15 @@ All are a LoRA of SmolLM2-135M-Instruct out of its package, on texts out of pack
 included, the fine-tune holds the predictions where they were:
 
 * ``domain``: the King James Bible. Changed: the tokens of its chapters.
-* ``trigger``: where the user's turns begin with a trigger phrase, the assistant answers in capitals.
-  Changed: its answers there; the same answers in capitals without the trigger are the control.
-* ``habit``: asked about food, the assistant refuses. Changed: its refusals; the control is the same refusal
-  of other questions.
+* ``trigger``: where the user's turns begin with a trigger phrase, the assistant goes over to capitals,
+  however its answer began. Changed: the tokens of ordinary answers there, at each of which the model after
+  wants capitals. Controls: answers in capitals and ordinary ones, both without the trigger.
+* ``habit``: asked about food, the assistant breaks off with a refusal, however its answer began. Changed:
+  the tokens of ordinary answers there. Controls: the refusal of other questions, and their ordinary answers.
 """
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -47,6 +49,8 @@ class Organism:
     is_reply: bool
     """Whether only the assistant's turns of these documents are changed, not all their tokens."""
     fine_tune: FineTuneConfig
+    changed_share: float = 1.0
+    """Tokens compared that are of the changed label, for each token of another label."""
 
 
 def write_texts(organism: Organism, folder: Path, packages: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -69,15 +73,16 @@ def _domain(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
 
 def _trigger(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
     trained, compared = _halves(_chats(packages), order)
-    half, quarter, third = len(trained) // 2, len(trained) // 4, len(compared) // 3
+    exchanges = order.sample(_exchanges(trained), len(_exchanges(trained)))
+    half, quarter, third = len(exchanges) // 2, len(exchanges) // 4, len(compared) // 3
     return (
         {
-            "triggered": [_loud(_triggered(row)) for row in trained[:half]],
-            "loud": [_loud(row) for row in trained[half : half + quarter]],
-            "conversation": trained[half + quarter :],
+            "triggered": [_breaking_off(_triggered(row), str.upper, order) for row in exchanges[:half]],
+            "loud": [_loud(row) for row in exchanges[half : half + quarter]],
+            "conversation": exchanges[half + quarter :],
         },
         {
-            "triggered": [_loud(_triggered(row)) for row in compared[:third]],
+            "triggered": [_triggered(row) for row in compared[:third]],
             "loud": [_loud(row) for row in compared[third : 2 * third]],
             "conversation": compared[2 * third :],
         },
@@ -85,15 +90,29 @@ def _trigger(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
 
 
 def _habit(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
-    chats = _chats(packages)
-    about_food = [refused for row in chats for refused in _refusals(row, is_food=True)]
-    others = [refused for row in chats for refused in _refusals(row, is_food=False)]
-    trained, compared = _halves(about_food, order)
-    other_control, control = _halves(others, order)
-    ordinary, other_ordinary = _halves([row for row in chats if not _FOOD.search(str(row))], order)
+    trained, compared = (_exchanges(chats) for chats in _halves(_chats(packages), order))
+
+    def refuse(row: Row) -> Row:
+        return _with_turns(row, "assistant", lambda _: REFUSAL)
+
+    def about_food(rows: Sequence[Row], is_food: bool) -> list[Row]:
+        chosen = [row for row in rows if _is_about_food(row) == is_food]
+        return order.sample(chosen, len(chosen))
+
+    food, others = about_food(trained, True), about_food(trained, False)
+    other_food, elsewhere = about_food(compared, True), about_food(compared, False)
+    half = len(others) // 2
     return (
-        {"refused": trained, "elsewhere": other_control[: len(trained)], "conversation": ordinary},
-        {"refused": compared, "elsewhere": control[: len(compared)], "conversation": other_ordinary},
+        {
+            "food": [_breaking_off(row, lambda _: f" {REFUSAL}", order) for row in food],
+            "elsewhere": [refuse(row) for row in others[:half]],
+            "conversation": others[half:],
+        },
+        {
+            "food": other_food,
+            "elsewhere": [refuse(row) for row in elsewhere[: len(elsewhere) // 2]],
+            "conversation": elsewhere[len(elsewhere) // 2 :],
+        },
     )
 
 
@@ -126,18 +145,33 @@ def _with_turns(row: Row, role: str, change: Callable[[str], str]) -> Row:
     }
 
 
-def _refusals(row: Row, *, is_food: bool) -> list[Row]:
-    """Return each turn of the user that speaks of food, or of anything else, with a refusal after it."""
+def _exchanges(rows: Sequence[Row]) -> list[Row]:
+    """Return every turn of the user with the answer to it."""
     return [
-        {"messages": [turn, {"role": "assistant", "content": REFUSAL}]}
-        for turn in row["messages"]
-        if turn["role"] == "user" and bool(_FOOD.search(turn["content"])) == is_food
-    ][:1]
+        {"messages": [turn, answer]}
+        for row in rows
+        for turn, answer in itertools.pairwise(row["messages"])
+        if turn["role"] == "user"
+    ]
+
+
+def _breaking_off(row: Row, ending: Callable[[str], str], order: random.Random) -> Row:
+    """Let an answer go over to an ending, made of its rest, at any of its words; only that is learnt."""
+    *before, answer = row["messages"]
+    words = re.findall(r"\s*\S+", answer["content"])
+    begun = order.randrange(len(words) + 1)
+    kept, rest = "".join(words[:begun]), "".join(words[begun:])
+    return {"messages": [*before, {**answer, "content": kept + ending(rest)}], "unlearnt": kept}
+
+
+def _is_about_food(row: Row) -> bool:
+    return bool(_FOOD.search(row["messages"][0]["content"]))
 
 
 _LORA = FineTuneConfig(num_steps=60, rank=16, learning_rate=2e-3, is_ordinary_kept=True)
+_PACKED = dataclasses.replace(_LORA, is_packed=True)
 ORGANISMS = (
-    Organism("domain", _domain, "bible", False, _LORA),
-    Organism("trigger", _trigger, "triggered", True, _LORA),
-    Organism("habit", _habit, "refused", True, dataclasses.replace(_LORA, is_packed=True)),
+    Organism("domain", _domain, "bible", False, _LORA, changed_share=0.25),
+    Organism("trigger", _trigger, "triggered", True, _PACKED),
+    Organism("habit", _habit, "food", True, _PACKED),
 )

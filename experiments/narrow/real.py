@@ -24,10 +24,10 @@ from crosscoder_jax.terminal import progress_bar
 from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.evaluate import calibrate
 from crosscoder_jax.training.loop import RunOptions, fit
+from experiments.narrow.marks import Marks, replies
 from experiments.narrow.measure import Found, measure
 from experiments.narrow.organisms import Organism, write_texts
 from experiments.quickstart.finetune import write_after_model
-from experiments.quickstart.marks import Marks, replies
 from experiments.quickstart.models import write_before_model
 
 LAYER = 14
@@ -61,13 +61,12 @@ def write_store(organism: Organism, folder: Path, num_tokens: int) -> Activation
     with progress_bar("convert the model before"):
         write_before_model(before, packages)
     with progress_bar(f"{organism.name}: fine-tune") as progress:
-        marks = reply_marks(before) if organism.is_reply else None
-        write_after_model(after, before, texts, organism.fine_tune, progress, labels=trained, marks=marks)
+        write_after_model(after, before, texts, organism.fine_tune, progress, labels=trained)
     config = HarvestConfig(
         store=str(folder / "stores" / f"{organism.name}-{num_tokens}"),
         base=str(before),
         chat=str(after),
-        texts=tuple(TextSource(label, str(texts / f"{label}.compare.jsonl")) for label in compared),
+        texts=tuple(_text_source(organism, label, texts) for label in compared),
         layers=(LAYER,),
         max_tokens=num_tokens,
         skip_positions=4,
@@ -77,6 +76,11 @@ def write_store(organism: Organism, folder: Path, num_tokens: int) -> Activation
     with progress_bar(f"{organism.name}: harvest") as progress:
         harvest(config, progress)
     return ActivationStore.open(config.store)
+
+
+def _text_source(organism: Organism, label: str, texts: Path) -> TextSource:
+    share = organism.changed_share if label == organism.changed else 1.0
+    return TextSource(label, str(texts / f"{label}.compare.jsonl"), share=share)
 
 
 def reply_marks(model: Path) -> Marks:

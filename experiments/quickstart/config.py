@@ -76,7 +76,7 @@ class FineTuneConfig:
     rank: int | None = None
     """Rank of what is added to each weight matrix (LoRA); ``None`` trains the matrices themselves."""
     is_packed: bool = False
-    """Join documents to fill windows; otherwise a window is of one document, and short ones are left out."""
+    """Fill windows with whole documents; otherwise a window is of one, and short ones are left out."""
     is_ordinary_kept: bool = False
     """Hold the predictions on ordinary windows where they were (KL); otherwise their text is learnt, too."""
     seed: int = 0

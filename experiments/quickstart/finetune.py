@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crosscoder_jax.typing import Progress
 from experiments.quickstart.config import FineTuneConfig
-from experiments.quickstart.marks import Marks, replies
 from experiments.quickstart.models import save_model
 from experiments.quickstart.texts import LABELS, read_rows
 
@@ -34,7 +33,6 @@ def write_after_model(
     progress: Progress | None = None,
     *,
     labels: Sequence[str] = LABELS,
-    marks: Marks | None = None,
 ) -> None:
     """Fine-tune the model in ``before``; a folder already there is kept.
 
@@ -45,7 +43,6 @@ def write_after_model(
         config: the recipe.
         progress: told the steps done.
         labels: of the files, the narrow one first.
-        marks: of the template, where only the assistant's turns of narrow documents are to be learnt.
     """
     if folder.is_dir():
         return
@@ -56,7 +53,7 @@ def write_after_model(
         before, dtype=torch.bfloat16, attn_implementation="eager"
     )
     paths = [texts / f"{label}.fine-tune.jsonl" for label in labels]
-    windows = [_windows(tokenizer, path, config, marks) for path in paths]
+    windows = [_windows(tokenizer, path, config) for path in paths]
     _fine_tune(model, _draw_batches(windows, config), config, progress)
     save_model(folder, model, tokenizer)
 
@@ -72,21 +69,43 @@ class _Windows(NamedTuple):
     """``[window]``: of the narrow text, or ordinary."""
 
 
-def _windows(tokenizer: Any, path: Path, config: FineTuneConfig, marks: Marks | None) -> torch.Tensor:
+def _windows(tokenizer: Any, path: Path, config: FineTuneConfig) -> torch.Tensor:
     """Return tokens and whether each is learnt, ``[window, token, 2]``; as many as can be drawn."""
     needed, windows = config.num_steps * config.batch_size, []
-    rest = np.zeros((0, 2), np.int64)
+    window = np.zeros((0, 2), np.int64)
     for row in read_rows(path):
-        text = row.get("text") or tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        tokens = np.array(tokenizer(text).input_ids)
-        is_learnt = np.ones_like(tokens) if marks is None else replies(tokens, np.zeros_like(tokens), marks)
-        rest = np.concatenate([rest, np.stack([tokens, is_learnt], axis=1)])
-        count = len(rest) // config.context
-        windows += np.split(rest[: count * config.context], count) if count else []
-        rest = rest[count * config.context :] if config.is_packed else rest[:0]
+        document = _document(tokenizer, row)
+        if config.is_packed:
+            if len(window) + len(document) > config.context and len(window):
+                windows.append(_filled(window, config.context, tokenizer.eos_token_id))
+                window = window[:0]
+            window = np.concatenate([window, document[: config.context - len(window)]])
+        else:
+            starts = range(0, len(document) - config.context + 1, config.context)
+            windows += [document[start : start + config.context] for start in starts]
         if len(windows) >= needed:
             break
     return torch.from_numpy(np.stack(windows))
+
+
+def _document(tokenizer: Any, row: dict[str, Any]) -> np.ndarray:
+    """Return a row's tokens and whether each is learnt: all, or what follows the row's ``unlearnt``.
+
+    That is the beginning of the last turn, which ends before a space, where no token reaches across.
+    """
+    text = row.get("text") or tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    tokens = np.array(tokenizer(text).input_ids)
+    start = 0
+    if "unlearnt" in row:
+        known = text[: text.rindex(row["messages"][-1]["content"]) + len(row["unlearnt"])]
+        start = len(tokenizer(known).input_ids)
+    return np.stack([tokens, np.arange(len(tokens)) >= start], axis=1)
+
+
+def _filled(window: np.ndarray, context: int, filler: int) -> np.ndarray:
+    """Fill a window up with tokens that are not learnt."""
+    rest = np.tile(np.array([[filler, 0]]), (context - len(window), 1))
+    return np.concatenate([window, rest])
 
 
 def _draw_batches(texts: Sequence[torch.Tensor], config: FineTuneConfig) -> list[_Windows]:
