@@ -1,5 +1,6 @@
 """Compile steps in another process, so that no compiler disturbs this one."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from crosscoder_jax.configs import config_to_json
 from crosscoder_jax.planning.topology import Topology
@@ -20,6 +21,8 @@ _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    # Nothing runs on a TPU: another process may, or may plan, too.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
@@ -58,15 +61,7 @@ def compiled_steps(
         "recipe": config_to_json(recipe),
         "meshes": [list(mesh) for mesh in meshes],
     }
-    with tempfile.TemporaryFile("w+") as errors:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", _WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=_environment(topology),
-        )
+    with tempfile.TemporaryFile("w+") as errors, _worker(topology, errors) as worker:
         try:
             yield from _answers(worker, request)
             if worker.wait():
@@ -74,13 +69,24 @@ def compiled_steps(
                 raise ValueError(_failure(topology, errors.read()))
         finally:
             worker.kill()
-            worker.wait()
+
+
+def _worker(topology: Topology, errors: IO[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", _WORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env=_environment(topology),
+    )
 
 
 def _answers(worker: "subprocess.Popen[str]", request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     assert worker.stdin is not None
     assert worker.stdout is not None
-    with worker.stdin as stdin:
+    # A worker that has failed already reads nothing; what it said is told after.
+    with contextlib.suppress(BrokenPipeError), worker.stdin as stdin:
         json.dump(request, stdin)
     for line in worker.stdout:
         if line.startswith("{"):  # compilers write to standard output, too

@@ -69,8 +69,8 @@ class MeshPlan:
     model_flops: float = 0.0
     """Of a dense step on all chips: 10 * latents * width for every token."""
     xla_seconds: float | None = None
-    """XLA's estimate of a step, ``optimal_seconds``. Not a measurement; ``None`` where it is below what the
-    chips' peak allows, as it is where XLA knows no time for an operation."""
+    """XLA's estimate of a step, ``optimal_seconds`` without operations of unknown time. Not a measurement;
+    ``None`` where it is below what the chips' peak allows."""
     left_out_seconds: float = 0.0
     """What that estimate leaves out: the passes of float32 products but the first, and those of the
     selection's search. From shapes, at peak speed."""
@@ -215,7 +215,30 @@ def _from_compiler(config: PlanConfig, shapes: MeshPlan, facts: Mapping[str, Any
         collectives=tuple(program.collectives()),
         flops=None if facts["flops"] is None else facts["flops"] * shapes.chips,
     )
-    return _with_times(config, measured, facts["optimal_seconds"], program.cycles(PARTS))
+    seconds = _without_unknown(
+        facts["optimal_seconds"], program.num_custom_calls, _least_seconds(config, measured)
+    )
+    return _with_times(config, measured, seconds, program.cycles(PARTS))
+
+
+def _least_seconds(config: PlanConfig, mesh: MeshPlan) -> float:
+    chip = config.topology.chip
+    return 0.0 if chip is None else mesh.model_flops / (chip.peak_flops * mesh.chips)
+
+
+def _without_unknown(seconds: float | None, num_unknown: int, least: float) -> float | None:
+    """Return XLA's estimate without the operations of unknown time, each of which it counts as -1 second.
+
+    Some of them it does not count, so as many are added back as the chips' peak asks for.
+
+    Examples:
+        >>> round(_without_unknown(-6.9, 11, least=0.05), 3)
+        0.1
+    """
+    if not seconds:
+        return None
+    candidates = (seconds + number for number in range(num_unknown + 1))
+    return next((candidate for candidate in candidates if candidate >= least), None)
 
 
 def _first_sentence(refusal: str) -> str:
@@ -239,8 +262,7 @@ def _with_times(
     linked = _link_seconds(mesh.collectives, chip.link_bytes_per_s)
     mesh = dataclasses.replace(
         mesh,
-        # Unknown times count as minus a second each.
-        xla_seconds=xla_seconds if xla_seconds and xla_seconds >= mesh.model_flops / peak else None,
+        xla_seconds=xla_seconds,
         left_out_seconds=_left_out_seconds(config, mesh, chip),
         cycle_seconds=total / chip.clock_hz + linked if total else None,
         cycle_shares={part: part_cycles / total for part, part_cycles in cycles.items()},

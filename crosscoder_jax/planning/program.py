@@ -91,6 +91,12 @@ class Program:
         ]
         return sorted(found, key=lambda one: -one.num_bytes)
 
+    @property
+    def num_custom_calls(self) -> int:
+        """How many operations XLA knows no time for; most are views that take none."""
+        everything = (one for instructions in self._computations.values() for one in instructions)
+        return sum(one.opcode == "custom-call" for one in everything)
+
     def cycles(self, parts: Iterable[str]) -> dict[str, int]:
         """Return the cycles that the compiler estimates for each part, where it does (on TPU).
 

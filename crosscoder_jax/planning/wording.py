@@ -90,9 +90,9 @@ LEGEND = (
     "mesh: shards of the batch x shards of the latents.  pre-acts: one float32 array [batch, latent], a part "
     "of the temporaries.  data MB, latent MB: what collectives over that axis leave on a chip.  XLA ms: its "
     "optimal_seconds.  step ms: that and what it leaves out, further passes of float32 products and of the "
-    f"selection's search ({SELECTION_PASSES}).  peak: FLOPs of the dense step, 10 x latents x width a token, of "
-    "what the chips can do in bfloat16 in that time.  select: share of the compiler's cycles.  MB/s: what the "
-    "store must deliver to each host."
+    f"selection's search ({SELECTION_PASSES}).  peak: FLOPs of the dense step, 10 x latents x width a token, "
+    "of what the chips can do in bfloat16 in that time.  select: share of the compiler's cycles.  MB/s: what "
+    "the store must deliver to each host."
 )
 """What the columns are."""
 
@@ -142,7 +142,7 @@ def closing_lines(plan: Plan) -> list[str]:
     mesh = plan.cheapest
     if mesh is None:
         return [
-            f"No split fits into {plan.memory_bytes / 2**30:,.0f} GiB a chip: take more chips, a smaller "
+            f"No mesh fits into {plan.memory_bytes / 2**30:,.0f} GiB a chip: take more chips, a smaller "
             "--batch-size, or --dtype bfloat16"
         ]
     lines = [f"Cheapest mesh that fits: {mesh.data}x{mesh.latent}{_speed(mesh)}"]
