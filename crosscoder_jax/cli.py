@@ -19,7 +19,18 @@ from rich.console import Console
 from crosscoder_jax.activations.atomic import write_bytes_atomically, write_json_atomically
 from crosscoder_jax.activations.manifest import Manifest
 from crosscoder_jax.arguments import name_flags, parse_options
-from crosscoder_jax.commands import Calibrate, Diff, Encode, Evaluate, Export, ImportActs, Plan, Report, Train
+from crosscoder_jax.commands import (
+    Calibrate,
+    Diff,
+    Doctor,
+    Encode,
+    Evaluate,
+    Export,
+    ImportActs,
+    Plan,
+    Report,
+    Train,
+)
 from crosscoder_jax.configs import config_from_json, config_to_json
 from crosscoder_jax.language_models import HarvestConfig
 from crosscoder_jax.outputs import check_file, check_folder, check_vacant
@@ -352,6 +363,26 @@ def plan(config: Plan) -> None:
         console.print(line, soft_wrap=True)
 
 
+def doctor(config: Doctor) -> None:
+    """Look for what would stop or slow down a training run here."""
+    from crosscoder_jax.planning.doctor import Needs, examine
+
+    console = Console(highlight=False, soft_wrap=True)
+    colours = {"ok": "green", "warning": "yellow", "broken": "red"}
+    needs = Needs() if config.plan is None else Needs.read(config.plan)
+    states = []
+    for finding in examine(
+        store=config.store, output=config.output, needs=needs, hosts=config.hosts, seconds=config.seconds
+    ):
+        states.append(finding.state)
+        colour, says = colours[finding.state], _one_line(finding.says)
+        console.print(f"[{colour}]{finding.state:<8}[/{colour}] [bold]{finding.name}[/bold]: {says}")
+        if finding.remedy:
+            console.print(f"         fix: {_one_line(finding.remedy)}")
+    if "broken" in states:
+        raise SystemExit(1)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Command:
     config: type
@@ -373,6 +404,7 @@ COMMANDS = {
     "encode": _Command(Encode, encode),
     "export": _Command(Export, export),
     "plan": _Command(Plan, plan, short={"--latents": "--num-latents", "--batch": "--batch-size"}),
+    "doctor": _Command(Doctor, doctor),
 }
 
 

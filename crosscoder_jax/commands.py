@@ -367,6 +367,22 @@ class Plan:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Look for what would stop or slow down a training run here; exits with 1 if something is broken."""
+
+    store: Path | None = None
+    """Folder that `harvest` wrote, to be read from for its rate."""
+    output: Path | None = None
+    """Where checkpoints are to go."""
+    plan: Path | None = None
+    """What `plan --json` printed: devices, memory, disk and store are compared with its cheapest mesh."""
+    hosts: int = 1
+    """That train together and must share the output."""
+    seconds: float = 3.0
+    """To read from the store for."""
+
+
 def _mesh(text: str) -> tuple[int, int]:
     shards = _whole_numbers("meshes", text, "x", "8x8")
     if len(shards) != 2:
