@@ -353,14 +353,14 @@ def plan(config: Plan) -> None:
         sys.stdout.write(json.dumps(wording.plan_to_json(made), indent=2) + "\n")
         return
     console = Console(highlight=False, markup=False)
-    console.print(wording.describe(planned_for), soft_wrap=True)
+    console.print(wording.describe(planned_for))
     print_table(*wording.memory_table(made))
     steps = wording.step_table(made)
     if steps is not None:
         print_table(*steps)
         console.print(wording.LEGEND, style="dim")
     for line in wording.closing_lines(made):
-        console.print(line, soft_wrap=True)
+        console.print(line)
 
 
 def doctor(config: Doctor) -> None:

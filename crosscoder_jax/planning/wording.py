@@ -44,7 +44,7 @@ def memory_table(plan: Plan) -> Table:
     rows = []
     for mesh in plan.meshes:
         sizes = mesh.bytes_per_chip
-        is_whole = not (mesh.reason and sizes.temporaries is None)  # what was refused has no layout
+        is_whole = mesh.basis == "shapes" or sizes.temporaries is not None  # else the compiler refused it
         rows.append(
             (
                 f"{mesh.data}x{mesh.latent}",
