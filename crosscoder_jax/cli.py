@@ -6,6 +6,7 @@ to a page of evidence. Every mistake of the user is one line on standard error.
 
 import dataclasses
 import difflib
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,18 @@ from rich.console import Console
 from crosscoder_jax.activations.atomic import write_bytes_atomically, write_json_atomically
 from crosscoder_jax.activations.manifest import Manifest
 from crosscoder_jax.arguments import name_flags, parse_options
-from crosscoder_jax.commands import Calibrate, Diff, Encode, Evaluate, Export, ImportActs, Report, Train
+from crosscoder_jax.commands import (
+    Calibrate,
+    Diff,
+    Doctor,
+    Encode,
+    Evaluate,
+    Export,
+    ImportActs,
+    Plan,
+    Report,
+    Train,
+)
 from crosscoder_jax.configs import config_from_json, config_to_json
 from crosscoder_jax.language_models import HarvestConfig
 from crosscoder_jax.outputs import check_file, check_folder, check_vacant
@@ -330,12 +342,55 @@ def export(config: Export) -> None:
     Console().print(f"{config.format}: {folder}", soft_wrap=True)
 
 
+def plan(config: Plan) -> None:
+    """Tell whether a run would fit on chips that need not be here, and how fast it might go."""
+    from crosscoder_jax.planning import make_plan, wording
+
+    planned_for = config.config()
+    with progress_bar("compile") as progress:
+        made = make_plan(planned_for, progress)
+    if config.json:
+        sys.stdout.write(json.dumps(wording.plan_to_json(made), indent=2) + "\n")
+        return
+    console = Console(highlight=False, markup=False)
+    console.print(wording.describe(planned_for))
+    print_table(*wording.memory_table(made))
+    steps = wording.step_table(made)
+    if steps is not None:
+        print_table(*steps)
+        console.print(wording.LEGEND, style="dim")
+    for line in wording.closing_lines(made):
+        console.print(line)
+
+
+def doctor(config: Doctor) -> None:
+    """Look for what would stop or slow down a training run here."""
+    from crosscoder_jax.planning.doctor import Needs, examine
+
+    console = Console(highlight=False, soft_wrap=True)
+    colours = {"ok": "green", "warning": "yellow", "broken": "red"}
+    needs = Needs() if config.plan is None else Needs.read(config.plan)
+    states = []
+    for finding in examine(
+        store=config.store, output=config.output, needs=needs, hosts=config.hosts, seconds=config.seconds
+    ):
+        states.append(finding.state)
+        colour, says = colours[finding.state], _one_line(finding.says)
+        console.print(f"[{colour}]{finding.state:<8}[/{colour}] [bold]{finding.name}[/bold]: {says}")
+        if finding.remedy:
+            console.print(f"         fix: {_one_line(finding.remedy)}")
+    if "broken" in states:
+        raise SystemExit(1)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Command:
     config: type
     run: Callable[[Any], None]
     is_resumed: bool = False
     """Whether the same command, given again, goes on where it was stopped."""
+    short: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Shorter names of options."""
 
 
 COMMANDS = {
@@ -348,6 +403,8 @@ COMMANDS = {
     "import-acts": _Command(ImportActs, import_acts, is_resumed=True),
     "encode": _Command(Encode, encode),
     "export": _Command(Export, export),
+    "plan": _Command(Plan, plan, short={"--latents": "--num-latents", "--batch": "--batch-size"}),
+    "doctor": _Command(Doctor, doctor),
 }
 
 
@@ -400,7 +457,13 @@ def parse(name: str, options: Sequence[str]) -> Any:
     """Return the config of command ``name`` from its options; raises as :func:`parse_options`."""
     command = COMMANDS[name]
     description = command.run.__doc__ or ""
+    options = [_at_length(option, command.short) for option in options]
     return parse_options(command.config, options, prog=f"crosscoder-jax {name}", description=description)
+
+
+def _at_length(option: str, short: Mapping[str, str]) -> str:
+    name, equals, value = option.partition("=")
+    return f"{short.get(name, name)}{equals}{value}"
 
 
 def _print_store(store: str | Path, manifest: Manifest) -> None:

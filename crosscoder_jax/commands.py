@@ -11,7 +11,7 @@ from typing import Literal
 
 from crosscoder_jax.activations.nulls import Null, SameModel, SwapCoordinates, SwapDocuments
 from crosscoder_jax.activations.split import Split
-from crosscoder_jax.crosscoder import CrosscoderConfig
+from crosscoder_jax.crosscoder import CrosscoderConfig, Precision
 from crosscoder_jax.groups import LatentGroup, exclusive_groups
 from crosscoder_jax.language_models import SpliceConfig, TextSource
 from crosscoder_jax.objectives import (
@@ -24,6 +24,7 @@ from crosscoder_jax.objectives import (
     MeanSquaredError,
     SquaredError,
 )
+from crosscoder_jax.planning import PlanConfig, Topology
 from crosscoder_jax.report import ReportConfig
 from crosscoder_jax.sources import Sources, difference
 from crosscoder_jax.sparsity import BatchTopK, Gated, JumpReLU, ReLU, Sparsity, TopK
@@ -108,6 +109,9 @@ class Train:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """What encoder and decoder products are computed in; gradients, weights and moments stay float32, or are
     float64 with them, which needs the environment variable JAX_ENABLE_X64=1."""
+    precision: Precision = "highest"
+    """Of products of which a side is float32, as in every gradient: "default" takes them in one pass of
+    bfloat16 on TPU and of TF32 on GPU, which is up to six times as fast."""
     is_centred: bool = True
     """Subtract each source's mean."""
     is_scaled: bool = True
@@ -153,6 +157,7 @@ class Train:
                 sparsity=self.selection(),
                 groups=self.groups(sources),
                 dtype=self.dtype,
+                precision=self.precision,
             ),
             num_steps=self.num_steps,
             batch_size=self.batch_size,
@@ -316,6 +321,88 @@ class Train:
                 "the documents that are held out"
             )
         return Split(self.held_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Tell whether a training run would fit on chips that need not be here, and how fast it might go."""
+
+    topology: str
+    """The chips: v5p:4x4x8, v5e:16x16, v6e:2x4, 8xH100-80GB or cpu:8. For TPUs the extra `tpu` brings the
+    compiler, for which no TPU is needed."""
+    sources: str
+    """Width of each source, such as 2304,2304."""
+    num_latents: int = 16_384
+    """Size of the dictionary (--latents for short)."""
+    k: float = 100.0
+    """Mean number of active latents per token (BatchTopK)."""
+    batch_size: int = 2048
+    """Tokens per step, over all chips (--batch for short)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What encoder and decoder products are computed in, as for train."""
+    precision: Precision = "highest"
+    """Of products of which a side is float32, as for train."""
+    aux_k_weight: float = AuxK.weight
+    """Weight of the loss that revives dead latents; 0 plans without. It is in every estimate as if latents
+    were dead."""
+    meshes: tuple[str, ...] = ()
+    """Splits to try, such as 8x8 4x16, shards of the data x shards of the latents; by default all that use
+    every chip."""
+    stored_dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Of the activations on disk, for the rate at which they must be read."""
+    json: bool = False
+    """Print everything as JSON."""
+
+    def config(self) -> PlanConfig:
+        """Return what to plan for.
+
+        Raises:
+            ValueError: if an option is not understood or makes no run.
+        """
+        return PlanConfig(
+            topology=Topology.parse(self.topology),
+            widths=_whole_numbers("sources", self.sources, ",", "2304,2304"),
+            num_latents=self.num_latents,
+            k=self.k,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            precision=self.precision,
+            aux_k_weight=self.aux_k_weight,
+            meshes=tuple(_mesh(text) for text in self.meshes),
+            stored_dtype=self.stored_dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Look for what would stop or slow down a training run here; exits with 1 if something is broken."""
+
+    store: Path | None = None
+    """Folder that `harvest` wrote, to be read from for its rate."""
+    output: Path | None = None
+    """Where checkpoints are to go."""
+    plan: Path | None = None
+    """What `plan --json` printed: devices, memory, disk and store are compared with its cheapest mesh."""
+    hosts: int = 1
+    """That train together and must share the output."""
+    seconds: float = 3.0
+    """To read from the store for."""
+
+
+def _mesh(text: str) -> tuple[int, int]:
+    shards = _whole_numbers("meshes", text, "x", "8x8")
+    if len(shards) != 2:
+        raise ValueError(f"meshes={text} must be shards of the data x shards of the latents, such as 8x8")
+    return shards[0], shards[1]
+
+
+def _whole_numbers(name: str, text: str, separator: str, example: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(separator)]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(
+            f"{name}={text} must be whole numbers with {separator!r} between them: write {example}"
+        )
+    return tuple(int(part) for part in parts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ def test_every_command_of_the_readme_parses(words):
 
 def test_what_is_installed_is_the_clone_and_not_a_package_that_is_not_published():
     installed = [line for block in blocks("bash") for line in block.splitlines() if "pip install" in line]
-    assert len(installed) == 3
+    assert len(installed) == 4
     for line in installed:
         packages = re.findall(r"pip install (?:-\S+ )*(\S+)", line)
         assert all(package.startswith(("'.[", "torch==")) for package in packages), line

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Int
 
 from crosscoder_jax.crosscoder import Crosscoder
@@ -66,9 +67,10 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
         return _objective(crosscoder, normalized, state, config)
 
     (loss, forward), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    grads = _constrained(state, grads, config.frozen)
-    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    params = _with_tied_norms(jax.tree.map(jnp.add, state.params, updates), state)
+    grads = jax.tree.map(_row_major, _constrained(state, grads, config.frozen))
+    with jax.named_scope("update"):
+        updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+        params = _with_tied_norms(jax.tree.map(jnp.add, state.params, updates), state)
     next_state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -100,7 +102,8 @@ def _objective(
 ) -> tuple[Scalar, _Forward]:
     sources = config.crosscoder.sources
     pre_acts = crosscoder.pre_acts(normalized)
-    sparse = crosscoder.training_code(pre_acts, step=state.step, threshold=state.threshold)
+    with jax.named_scope("selection"):
+        sparse = crosscoder.training_code(pre_acts, step=state.step, threshold=state.threshold)
     recon = crosscoder.decode_normalized(sparse.code)
     since_fired = _count_silence(state.tokens_since_fired, sparse, normalized.shape[0])
     parts = {"loss/reconstruction": _reconstruction_loss(crosscoder, normalized, sparse.code, recon, config)}
@@ -118,7 +121,8 @@ def _objective(
         parts["loss/l0"] = config.l0(crosscoder, pre_acts, state.step)
     if config.aux_k is not None:
         is_dead = since_fired >= config.aux_k.dead_after_tokens
-        parts["loss/aux_k"] = config.aux_k(crosscoder, pre_acts, normalized - recon, is_dead)
+        with jax.named_scope("aux_k"):
+            parts["loss/aux_k"] = config.aux_k(crosscoder, pre_acts, normalized - recon, is_dead)
     forward = _Forward(
         sums=reconstruction_sums(normalized, recon, sources),
         l0=l0(sparse.code),
@@ -152,6 +156,25 @@ def _constrained(state: TrainState, grads: nnx.State, frozen: Sequence[str]) -> 
             variable = getattr(crosscoder, name)
             variable[...] = jnp.where(mask, jnp.zeros_like(variable[...]), variable[...])
     return nnx.state(crosscoder, nnx.Param)
+
+
+def _row_major(grad: Array) -> Array:
+    """Keep a gradient in the memory layout of its weight.
+
+    JAX writes the gradient of a product as the transpose of another product. Where an all-reduce comes
+    between the two, XLA for TPU does not exchange them: it takes the whole update to the transposed layout,
+    and weights and moments there and back, twelve copies that are larger than all temporaries.
+    """
+    sharding = jax.typeof(grad).sharding
+    if grad.ndim != 2 or sharding.mesh.empty:
+        return grad
+    # Each shard on its own: XLA's partitioner takes the constraint for an operation that needs whole arrays.
+    keep = jax.shard_map(
+        lambda shard: with_layout_constraint(shard, Layout((0, 1))),
+        in_specs=sharding.spec,
+        out_specs=sharding.spec,
+    )
+    return keep(grad)
 
 
 def _with_tied_norms(params: nnx.State, state: TrainState) -> nnx.State:
@@ -188,10 +211,11 @@ def _train_metrics(
         str(path[0]): jnp.sqrt(jnp.sum(jnp.square(grad[...]))) for path, grad in nnx.to_flat_state(grads)
     }
     # The next step would notice, but by then a checkpoint may hold them.
-    finite_weights = {
-        f"is_finite/{path[0]} after the update": jnp.all(jnp.isfinite(value[...]))
-        for path, value in nnx.to_flat_state(state.params)
-    }
+    with jax.named_scope("update"):  # which it is compiled into
+        finite_weights = {
+            f"is_finite/{path[0]} after the update": jnp.all(jnp.isfinite(value[...]))
+            for path, value in nnx.to_flat_state(state.params)
+        }
     aux_k = AuxK if config.aux_k is None else config.aux_k
     return {
         "loss": loss,

@@ -1,0 +1,304 @@
+"""What a run needs of a topology, for every way to split it over the chips."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from crosscoder_jax.planning.chips import Chip
+from crosscoder_jax.planning.compiling import compiled_steps
+from crosscoder_jax.planning.config import STORED_BYTES, PlanConfig
+from crosscoder_jax.planning.program import Collective, Program
+from crosscoder_jax.planning.step import StateBytes, abstract_mesh, abstract_state, state_bytes
+from crosscoder_jax.typing import Progress
+
+PARTS = ("selection", "aux_k", "update", "dot_general")
+"""Scopes of the step in the order in which an operation is told to one; dot_general is the products."""
+SELECTION_PASSES = 9
+"""Assumed passes of BatchTopK's search over the scores. Measured: 5 to 22, mean 9, over batches of Gaussian
+and of heavy-tailed scores with the running threshold as the first guess."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChipBytes:
+    """Memory of one chip in bytes, by what it holds."""
+
+    weights: int
+    """Encoder, decoder, biases."""
+    moments: int
+    """Of Adam."""
+    batch: int
+    """Its share of the activations of one batch, and small state."""
+    pre_acts: int
+    """One array [batch, latent] of float32; a part of the temporaries."""
+    temporaries: int | None
+    """All that lives only within a step, as the compiler lays it out; ``None`` if nothing was compiled."""
+    program: int
+    """The compiled step, and outputs that reuse no argument."""
+
+    @property
+    def total(self) -> int:
+        """All of it; not compiled, with gradients and three arrays [batch, latent] as temporaries."""
+        temporaries = self.weights + 3 * self.pre_acts if self.temporaries is None else self.temporaries
+        return self.weights + self.moments + self.batch + temporaries + self.program
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshPlan:
+    """What one split over the chips needs and, as estimated, does."""
+
+    data: int
+    """Shards of the batch."""
+    latent: int
+    """Shards of the latents."""
+    basis: Literal["compiled", "shapes"]
+    """Whether the step was compiled, or sizes follow from shapes alone."""
+    is_fitting: bool
+    """Whether it fits into the memory of the chips."""
+    reason: str
+    """Why it does not fit; else empty."""
+    bytes_per_chip: ChipBytes
+    """Memory."""
+    hosts: int
+    """That the chips belong to."""
+    collectives: tuple[Collective, ...] = ()
+    """Of one step, the largest first."""
+    flops: float | None = None
+    """Of one step on all chips, by the compiler's count: both sides of a conditional are in it."""
+    model_flops: float = 0.0
+    """Of a dense step on all chips: 10 * latents * width for every token."""
+    xla_seconds: float | None = None
+    """XLA's estimate of a step, ``optimal_seconds`` without operations of unknown time. Not a measurement;
+    ``None`` where it is below what the chips' peak allows."""
+    left_out_seconds: float = 0.0
+    """What that estimate leaves out: the passes of float32 products but the first, and those of the
+    selection's search. From shapes, at peak speed."""
+    cycle_seconds: float | None = None
+    """Another: the cycles the TPU compiler estimates for each operation, with the selection's passes, and
+    collectives at the full speed of the links. Not a measurement."""
+    cycle_shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Share of those cycles by part of the step."""
+    tokens_per_s: float | None = None
+    """At the estimate ``seconds``."""
+    utilization: float | None = None
+    """Dense step's operations over what the chips could do in that time, estimated."""
+    store_bytes_per_s: float | None = None
+    """That the store must deliver to each host at that speed."""
+
+    @property
+    def seconds(self) -> float | None:
+        """The estimate of a step that speeds follow from: XLA's and what it leaves out, or the cycles'."""
+        return self.cycle_seconds if self.xla_seconds is None else self.xla_seconds + self.left_out_seconds
+
+    @property
+    def chips(self) -> int:
+        """How many chips it takes."""
+        return self.data * self.latent
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All splits that were tried."""
+
+    config: PlanConfig
+    """What was planned for."""
+    memory_bytes: int
+    """Of one chip."""
+    checkpoint_bytes: int
+    """Of a training state on disk."""
+    meshes: tuple[MeshPlan, ...]
+    """By shards of the data."""
+
+    @property
+    def cheapest(self) -> MeshPlan | None:
+        """The split that fits with the least chip-seconds per token, as estimated; ``None`` if none fits."""
+        fitting = [mesh for mesh in self.meshes if mesh.is_fitting]
+        return min(fitting, key=_cost, default=None)
+
+
+def make_plan(config: PlanConfig, progress: Progress | None = None) -> Plan:
+    """Plan a run for every split of its batch and latents over the chips.
+
+    Splits whose state alone is larger than a chip are not compiled.
+
+    Args:
+        config: run and chips.
+        progress: told the splits done.
+
+    Raises:
+        ModuleNotFoundError: if the topology's compiler is not installed, naming the extra.
+        ValueError: if the recipe makes no run, spreads over the chips in no way, or the compiler does not
+            know the topology.
+    """
+    recipe, splits = config.recipe(), config.splits()
+    memory = _memory_bytes(config)
+    sizes = {split: _sizes(config, split) for split in splits}
+    whole = next(iter(sizes.values()))[1]
+    too_large = {split for split in splits if sizes[split][0].total > memory}
+    is_compiled = config.topology.platform != "gpu"
+    waiting = [split for split in splits if is_compiled and split not in too_large]
+    planned = {split: _from_shapes(config, split, sizes[split][0], memory) for split in splits}
+    if waiting:
+        for done, facts in enumerate(compiled_steps(recipe, config.topology, waiting), start=1):
+            split = (facts["mesh"][0], facts["mesh"][1])
+            planned[split] = _from_compiler(config, planned[split], facts, memory)
+            if progress is not None:
+                progress(done, len(waiting), "meshes")
+    return Plan(config, memory, whole.total, tuple(planned[split] for split in splits))
+
+
+def _cost(mesh: MeshPlan) -> tuple[float, int]:
+    seconds = mesh.seconds
+    # Without an estimate the split that leaves most memory free.
+    return (float("inf") if seconds is None else seconds * mesh.chips, mesh.bytes_per_chip.total)
+
+
+def _memory_bytes(config: PlanConfig) -> int:
+    if config.topology.chip is not None:
+        return config.topology.chip.memory_bytes
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory // config.topology.num_chips
+
+
+def _sizes(config: PlanConfig, split: tuple[int, int]) -> tuple[StateBytes, StateBytes]:
+    mesh = abstract_mesh(*split)
+    return state_bytes(abstract_state(config.recipe(), mesh), mesh)
+
+
+def _from_shapes(config: PlanConfig, split: tuple[int, int], state: StateBytes, memory: int) -> MeshPlan:
+    data, latent = split
+    width = sum(config.widths)
+    sizes = ChipBytes(
+        weights=state.weights,
+        moments=state.moments,
+        batch=state.statistics + 4 * width * config.batch_size // data,
+        pre_acts=4 * (config.batch_size // data) * (config.num_latents // latent),
+        temporaries=None,
+        program=0,
+    )
+    chip = config.topology.chip
+    per_host = config.topology.num_chips if chip is None else chip.per_host
+    reason = ""
+    if sizes.total > memory:
+        needed = f"{sizes.total / 2**30:,.1f} GiB by shapes"
+        reason = f"its state alone is {state.total / 2**30:,.1f} GiB" if state.total > memory else needed
+    return MeshPlan(
+        data,
+        latent,
+        basis="shapes",
+        is_fitting=not reason,
+        reason=reason,
+        bytes_per_chip=sizes,
+        hosts=-(-data * latent // per_host),
+        model_flops=10.0 * config.num_latents * width * config.batch_size,
+    )
+
+
+def _from_compiler(config: PlanConfig, shapes: MeshPlan, facts: Mapping[str, Any], memory: int) -> MeshPlan:
+    shapes = dataclasses.replace(shapes, basis="compiled", hosts=facts["hosts"])
+    if "refusal" in facts:
+        return dataclasses.replace(shapes, is_fitting=False, reason=_first_sentence(facts["refusal"]))
+    sizes = dataclasses.replace(
+        shapes.bytes_per_chip,
+        batch=facts["arguments"] - shapes.bytes_per_chip.weights - shapes.bytes_per_chip.moments,
+        temporaries=facts["temporaries"],
+        program=facts["program"] + facts["outputs"] - facts["aliased"],
+    )
+    is_fitting = sizes.total <= memory
+    program = Program(facts["text"], (shapes.data, shapes.latent), loop_passes=SELECTION_PASSES)
+    measured = dataclasses.replace(
+        shapes,
+        is_fitting=is_fitting,
+        reason="" if is_fitting else f"{sizes.total / 2**30:,.1f} GiB",
+        bytes_per_chip=sizes,
+        collectives=tuple(program.collectives()),
+        flops=None if facts["flops"] is None else facts["flops"] * shapes.chips,
+    )
+    seconds = _without_unknown(
+        facts["optimal_seconds"], program.num_custom_calls, _least_seconds(config, measured)
+    )
+    return _with_times(config, measured, seconds, program.cycles(PARTS))
+
+
+def _least_seconds(config: PlanConfig, mesh: MeshPlan) -> float:
+    chip = config.topology.chip
+    return 0.0 if chip is None else mesh.model_flops / (chip.peak_flops * mesh.chips)
+
+
+def _without_unknown(seconds: float | None, num_unknown: int, least: float) -> float | None:
+    """Return XLA's estimate without the operations of unknown time, each of which it counts as -1 second.
+
+    Some of them it does not count, so as many are added back as the chips' peak asks for.
+
+    Examples:
+        >>> round(_without_unknown(-6.9, 11, least=0.05), 3)
+        0.1
+    """
+    if not seconds:
+        return None
+    candidates = (seconds + number for number in range(num_unknown + 1))
+    return next((candidate for candidate in candidates if candidate >= least), None)
+
+
+def _first_sentence(refusal: str) -> str:
+    """Return the sentence of a refusal that has the numbers.
+
+    Examples:
+        >>> _first_sentence("RESOURCE_EXHAUSTED: Ran out of memory in hbm. Used 20.5G of 15.7G hbm. Exceeded")
+        'Used 20.5G of 15.7G hbm'
+    """
+    found = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", refusal)
+    return found[0] if found else " ".join(refusal.split())[:200]
+
+
+def _with_times(
+    config: PlanConfig, mesh: MeshPlan, xla_seconds: float | None, cycles: Mapping[str, int]
+) -> MeshPlan:
+    chip, total = config.topology.chip, sum(cycles.values())
+    if chip is None or chip.clock_hz is None:
+        return mesh
+    peak = chip.peak_flops * mesh.chips
+    linked = _link_seconds(mesh.collectives, chip.link_bytes_per_s)
+    mesh = dataclasses.replace(
+        mesh,
+        xla_seconds=xla_seconds,
+        left_out_seconds=_left_out_seconds(config, mesh, chip),
+        cycle_seconds=total / chip.clock_hz + linked if total else None,
+        cycle_shares={part: part_cycles / total for part, part_cycles in cycles.items()},
+    )
+    if mesh.seconds is None:
+        return mesh
+    tokens_per_s = config.batch_size / mesh.seconds
+    bytes_per_token = sum(config.widths) * STORED_BYTES[config.stored_dtype]
+    return dataclasses.replace(
+        mesh,
+        tokens_per_s=tokens_per_s,
+        utilization=mesh.model_flops / (mesh.seconds * peak),
+        store_bytes_per_s=tokens_per_s * bytes_per_token / mesh.hosts,
+    )
+
+
+def _left_out_seconds(config: PlanConfig, mesh: MeshPlan, chip: Chip) -> float:
+    """Return what XLA's estimate of a step leaves out.
+
+    It counts a product of float32 once, which takes TPUs up to six passes in bfloat16, and a loop once.
+    """
+    both, one_side = {"default": (1, 1), "high": (3, 2), "highest": (6, 3)}[config.precision]
+    # Two of the five products of a step have no gradient in them; reviving adds one of three.
+    passes = [both] * 5 if config.dtype == "float32" else [1, 1, *[one_side] * 3]
+    if config.aux_k_weight:
+        passes += [both] * 3 if config.dtype == "float32" else [1, one_side, one_side]
+    flops = mesh.model_flops / 5 * sum(number - 1 for number in passes)
+    searched = (SELECTION_PASSES - 1) * mesh.bytes_per_chip.pre_acts
+    return flops / (chip.peak_flops * mesh.chips) + searched / chip.memory_bytes_per_s
+
+
+def _link_seconds(collectives: Sequence[Collective], bytes_per_s: float) -> float:
+    """Return how long the collectives take at the full speed of the links, as rings send them."""
+    rounds = {"all-reduce": 2, "collective-permute": 1}
+    sent = sum(
+        rounds.get(one.kind, 1) * one.num_bytes * (one.group_size - 1) / max(one.group_size, 1)
+        for one in collectives
+    )
+    return sent / bytes_per_s

@@ -1,0 +1,72 @@
+"""Compile steps in a process of their own: ``python -m crosscoder_jax.planning.worker``.
+
+Reads one request from standard input and writes a line for every mesh to standard output. The compiler
+of TPUs is loaded here, with an environment in which it does not look for a TPU, and whatever it does to
+its process it does to this one.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from crosscoder_jax.configs import config_from_json
+from crosscoder_jax.planning.step import AXES, compile_step
+from crosscoder_jax.training.config import TrainConfig
+
+
+def main() -> None:
+    """Answer the request on standard input."""
+    request = json.load(sys.stdin)
+    recipe = config_from_json(TrainConfig, request["recipe"])
+    devices = _devices(request["platform"], request["topology"])
+    for data, latent in request["meshes"]:
+        mesh = Mesh(
+            np.array(devices[: data * latent]).reshape(data, latent),
+            AXES,
+            axis_types=(AxisType.Explicit,) * 2,
+        )
+        answer = {"mesh": [data, latent], **_facts(recipe, mesh)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _devices(platform: str, topology: str) -> list[Any]:
+    if platform == "cpu":
+        return jax.devices("cpu")
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform=platform, topology_name=topology).devices)
+
+
+def _facts(recipe: TrainConfig, mesh: Mesh) -> Mapping[str, Any]:
+    hosts = len({device.process_index for device in mesh.devices.flat})
+    try:
+        compiled = compile_step(recipe, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        # Out of memory is an answer; every other failure is the parent's to tell.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"hosts": hosts, "refusal": str(error)}
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory is not None
+    assert costs is not None
+    return {
+        "hosts": hosts,
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+        "flops": costs.get("flops"),
+        "optimal_seconds": costs.get("optimal_seconds"),
+        "text": compiled.as_text(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What published and larger sizes need of TPUs, planned without one."""
