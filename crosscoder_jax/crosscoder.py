@@ -281,8 +281,8 @@ class Crosscoder(nnx.Module):
         if self.config.layout.budgets:
             return self._training_code_by_budget(pre_acts, step, threshold)
 
-        def select(weights: Array, threshold: Array | Gate | None) -> tuple[Array, Array]:
-            sparse = self.config.sparsity(pre_acts, weights, step=step, threshold=threshold)
+        def select(weights: Array, rule: Any) -> tuple[Array, Array]:
+            sparse = self.config.sparsity(pre_acts, weights, step=step, threshold=rule)
             return sparse.code, sparse.smallest_score
 
         rule = self._rule(threshold)
