@@ -290,11 +290,11 @@ def test_packed_windows_hold_whole_documents_and_learn_what_follows_the_unlearnt
     # <user> hi <end> <assistant> so | DO I <end>, then two zeros: the other documents have 6 tokens each, and
     # a window that is begun and never filled, here with the third of them, is left out.
     assert windows.shape[0] == 2
-    np.testing.assert_array_equal(windows[0, :, 1], [0, 0, 0, 0, 0, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(windows[0, :, 1], [2, 2, 2, 2, 0, 1, 1, 1, 0, 0])
     assert list(windows[0, 8:, 0]) == [0, 0]
     both = windows_of(tmp_path, rows[1:] * 2, is_packed=True, context=12)
     # <user> ho <end> <assistant> | NO <end>, then the whole of the third, which is all learnt.
-    np.testing.assert_array_equal(both[0, :, 1], [0, 0, 0, 0, 1, 1] + [1] * 6)
+    np.testing.assert_array_equal(both[0, :, 1], [2, 2, 2, 2, 1, 1] + [1] * 6)
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
@@ -308,16 +308,21 @@ def test_ordinary_windows_are_learnt_or_held_where_they_were(is_kept):
     def model(weights):
         return lambda tokens, use_cache: SimpleNamespace(logits=weights[tokens])
 
-    tokens = torch.tensor([[1, 2, 3, 4], [4, 0, 2, 1]])
-    is_learnt = torch.tensor([[True, True, False, True], [True, True, True, True]])
-    batch = finetune._Windows(tokens, is_learnt, torch.tensor([True, False]))
-    found = finetune._loss(model(table), model(before_table) if is_kept else None, batch)
+    # One narrow and one ordinary window; of the narrow one 2 and 4 are learnt, 3 is free.
+    narrow = torch.tensor([[1, 1], [2, 1], [3, 0], [4, 1]])
+    ordinary = torch.tensor([[4, 1], [0, 1], [2, 1], [1, 1]])
+    config = FineTuneConfig(num_steps=20, batch_size=1, is_ordinary_kept=is_kept)
+    batches = finetune._draw_batches([narrow[None], ordinary[None]], config)
+    drawn = {tuple(batch.tokens[0].tolist()): batch for batch in batches}
     log_p, log_q = (of.log_softmax(-1).double().numpy() for of in (table, before_table))
-    # Of the narrow window 1 -> 2 and 3 -> 4 are learnt; 3 is not, and 1 has nothing before it.
-    narrow = [-log_p[1, 2], -log_p[3, 4]]
+
+    def found(tokens):
+        before = model(before_table) if is_kept else None
+        return float(finetune._loss(model(table), before, drawn[tokens]))
+
+    # 1 -> 2 and 3 -> 4; the first token has nothing before it that would predict it.
+    assert found((1, 2, 3, 4)) == pytest.approx(np.mean([-log_p[1, 2], -log_p[3, 4]]), rel=1e-5)
+    expected = np.mean([-log_p[4, 0], -log_p[0, 2], -log_p[2, 1]])
     if is_kept:
-        held = [np.sum(np.exp(log_q[t]) * (log_q[t] - log_p[t])) for t in (4, 0, 2, 1)]
-        expected = np.mean(narrow) + np.mean(held)
-    else:
-        expected = np.mean([*narrow, -log_p[4, 0], -log_p[0, 2], -log_p[2, 1]])
-    assert float(found) == pytest.approx(expected, rel=1e-5)
+        expected = np.mean([np.sum(np.exp(log_q[t]) * (log_q[t] - log_p[t])) for t in (4, 0, 2)])
+    assert found((4, 0, 2, 1)) == pytest.approx(expected, rel=1e-5)

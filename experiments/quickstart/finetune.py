@@ -58,19 +58,21 @@ def write_after_model(
     save_model(folder, model, tokenizer)
 
 
+FREE, LEARNT, HELD = range(3)
+"""What a fine-tune does about the prediction of a token: nothing, teach it, or hold it where it was."""
+
+
 class _Windows(NamedTuple):
     """Equally long pieces of text."""
 
     tokens: torch.Tensor
     """``[window, token]``."""
-    is_learnt: torch.Tensor
-    """``[window, token]``: which of them the model is to predict."""
-    is_narrow: torch.Tensor
-    """``[window]``: of the narrow text, or ordinary."""
+    roles: torch.Tensor
+    """``[window, token]``: ``FREE``, ``LEARNT`` or ``HELD``."""
 
 
 def _windows(tokenizer: Any, path: Path, config: FineTuneConfig) -> torch.Tensor:
-    """Return tokens and whether each is learnt, ``[window, token, 2]``; as many as can be drawn."""
+    """Return tokens and their roles, ``[window, token, 2]``; as many as can be drawn."""
     needed, windows = config.num_steps * config.batch_size, []
     window = np.zeros((0, 2), np.int64)
     for row in read_rows(path):
@@ -89,22 +91,25 @@ def _windows(tokenizer: Any, path: Path, config: FineTuneConfig) -> torch.Tensor
 
 
 def _document(tokenizer: Any, row: dict[str, Any]) -> np.ndarray:
-    """Return a row's tokens and whether each is learnt: all, or what follows the row's ``unlearnt``.
+    """Return a row's tokens and their roles: all are learnt, or what follows the row's ``unlearnt``.
 
-    That is the beginning of the last turn, which ends before a space, where no token reaches across.
+    That is the beginning of the last turn, which is free and ends before a space, where no token reaches
+    across; the turns before it are held.
     """
     text = row.get("text") or tokenizer.apply_chat_template(row["messages"], tokenize=False)
     tokens = np.array(tokenizer(text).input_ids)
-    start = 0
+    roles = np.full(len(tokens), LEARNT)
     if "unlearnt" in row:
-        known = text[: text.rindex(row["messages"][-1]["content"]) + len(row["unlearnt"])]
-        start = len(tokenizer(known).input_ids)
-    return np.stack([tokens, np.arange(len(tokens)) >= start], axis=1)
+        turn = text.rindex(row["messages"][-1]["content"])
+        edges = [turn, turn + len(row["unlearnt"])]
+        first, learnt = (len(tokenizer(text[:edge]).input_ids) for edge in edges)
+        roles[:first], roles[first:learnt] = HELD, FREE
+    return np.stack([tokens, roles], axis=1)
 
 
 def _filled(window: np.ndarray, context: int, filler: int) -> np.ndarray:
-    """Fill a window up with tokens that are not learnt."""
-    rest = np.tile(np.array([[filler, 0]]), (context - len(window), 1))
+    """Fill a window up with tokens that are free."""
+    rest = np.tile(np.array([[filler, FREE]]), (context - len(window), 1))
     return np.concatenate([window, rest])
 
 
@@ -116,16 +121,18 @@ def _draw_batches(texts: Sequence[torch.Tensor], config: FineTuneConfig) -> list
     orders = [torch.randperm(len(windows)).tolist() for windows in texts]
     used = [0] * len(texts)
 
-    def one() -> tuple[torch.Tensor, bool]:
+    def one() -> torch.Tensor:
         (text,) = draw.choices(range(len(texts)), shares)
         index = orders[text][used[text] % len(orders[text])]
         used[text] += 1
-        return texts[text][index], text == 0
+        window = texts[text][index]
+        if text and config.is_ordinary_kept:
+            roles = torch.where(window[:, 1] == LEARNT, HELD, window[:, 1])
+            window = torch.stack([window[:, 0], roles], dim=1)
+        return window
 
     def batch() -> _Windows:
-        windows, is_narrow = zip(*(one() for _ in range(config.batch_size)), strict=True)
-        tokens, is_learnt = torch.stack(windows).unbind(dim=-1)
-        return _Windows(tokens, is_learnt.bool(), torch.tensor(is_narrow))
+        return _Windows(*torch.stack([one() for _ in range(config.batch_size)]).unbind(dim=-1))
 
     return [batch() for _ in range(config.num_steps)]
 
@@ -181,20 +188,20 @@ class _LowRank(torch.nn.Module):
 
 
 def _loss(model: Any, before: Any | None, batch: _Windows) -> torch.Tensor:
-    """Return cross-entropy of what is learnt; with ``before``, and KL from it on ordinary windows."""
+    """Return the cross-entropy of the tokens that are learnt, and the KL from ``before`` on those held."""
     logits = model(batch.tokens, use_cache=False).logits
-    is_kept = torch.zeros_like(batch.is_narrow) if before is None else ~batch.is_narrow
     # The last position has no target; leaving it in with the ignored index saves a copy of the logits.
     ignored = torch.full_like(batch.tokens[:, :1], -100)
-    targets = torch.where(batch.is_learnt & ~is_kept[:, None], batch.tokens, -100)
+    targets = torch.where(batch.roles == LEARNT, batch.tokens, -100)
     targets = torch.cat([targets[:, 1:], ignored], dim=1)
+    is_held = torch.cat([batch.roles[:, 1:] == HELD, ignored > 0], dim=1)
     terms = []
     if (targets != -100).any():
         terms.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-    if before is not None and is_kept.any():
+    if before is not None and is_held.any():
         with torch.no_grad():
-            wanted = before(batch.tokens[is_kept], use_cache=False).logits
-        wanted, found = (of.flatten(0, 1).float().log_softmax(-1) for of in (wanted, logits[is_kept]))
+            wanted = before(batch.tokens, use_cache=False).logits
+        wanted, found = (of[is_held].float().log_softmax(-1) for of in (wanted, logits))
         terms.append(F.kl_div(found, wanted, reduction="batchmean", log_target=True))
     return sum(terms, start=torch.zeros(()))
 
