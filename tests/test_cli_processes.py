@@ -1,9 +1,11 @@
 """The command in several processes: told to end, killed, refused; and what it leaves behind."""
 
 import json
+import re
 import signal
 import time
 
+import jax
 import pytest
 from processes import Together, free_port
 from training_cases import write_store
@@ -85,12 +87,19 @@ def test_a_mistake_that_only_the_first_process_sees_ends_all(place, tmp_path):
         assert "another process is training this run: wait until it ends" in run.output()
 
 
-def test_processes_that_cannot_meet_are_refused(place, tmp_path, capsys):
+def test_processes_that_cannot_meet_are_refused(place, tmp_path, capsys, monkeypatch):
+    """With what JAX says where it finds no cluster; it would not be asked in a process that has computed."""
+
+    def find_nothing(*told, **settings):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", find_nothing)
     options = ["--store", place / "store", "--output", tmp_path / "run", "--distributed"]
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", *map(str, options)])
     assert ended.value.code == 1
     assert "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_where_a_run_was_trained_is_not_part_of_its_command(tmp_path):
@@ -99,3 +108,20 @@ def test_where_a_run_was_trained_is_not_part_of_its_command(tmp_path):
     assert config.without_processes() == Train(tmp_path, tmp_path)
     assert not config.without_processes().is_distributed
     assert Train(tmp_path, tmp_path, distributed=True).is_distributed
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "warning"),
+    [
+        (1, {"data_shards": 8}, None),
+        (4, {"data_shards": 8}, "--lanes 1 for 4 processes that share a batch: .* --lanes 4, or a multiple"),
+        (4, {"data_shards": 8, "lanes": 8}, None),
+        (4, {"data_shards": 2, "lanes": 1}, "--lanes 1 for 2 processes that share a batch: .* --lanes 2, or"),
+        (4, {"data_shards": 1, "latent_shards": 8}, None),
+    ],
+)
+def test_reading_more_than_a_share_is_said(tmp_path, capsys, monkeypatch, count, options, warning):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    cli._warn_of_lanes(Train(tmp_path, tmp_path, **options))
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(warning, said) if warning else not said
