@@ -4,12 +4,14 @@ Harvest, train, calibrate, evaluate, diff, report: in this order they lead from 
 to a page of evidence. Every mistake of the user is one line on standard error.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ from crosscoder_jax.configs import config_from_json, config_to_json
 from crosscoder_jax.language_models import HarvestConfig
 from crosscoder_jax.outputs import check_file, check_folder, check_vacant
 from crosscoder_jax.terminal import print_table, progress_bar
+from crosscoder_jax.training.preemption import PreemptedError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -48,6 +51,8 @@ _COUNTED = ("counts", "confirmed_by_class")
 _NOTABLE_OUTLIER_SHARE = 0.5
 """Layers of real models, without their attention sinks, have 0.01 to 0.04."""
 _LABELS_AT_ONCE = 1 << 24
+_PREEMPTED = 75
+"""What sysexits.h calls EX_TEMPFAIL: try again."""
 _NOTABLE_EPOCHS = 1000
 """Published runs see their tokens once; small planted ones have taken hundreds of epochs."""
 
@@ -105,8 +110,30 @@ def _warn_of_outliers(manifest: Manifest) -> None:
 
 def train(config: Train) -> None:
     """Train a crosscoder on a store; run it again to go on where it stopped."""
+    if not config.is_distributed:
+        _train(config)
+        return
+    from crosscoder_jax.sharding import is_first_process, start_processes
+
+    start_processes(config.coordinator, config.num_processes, config.process_id)
+    with contextlib.nullcontext() if is_first_process() else _silence():
+        _train(config)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Print nothing: the first of several processes says it. Errors that leave the block are heard."""
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+
+
+def _train(config: Train) -> None:
     from crosscoder_jax.activations.store import ActivationStore
     from crosscoder_jax.activations.view import TokenView
+    from crosscoder_jax.sharding import is_first_process
     from crosscoder_jax.training.loop import RunOptions, fit_together
     from crosscoder_jax.training.memory import runs_at_once
 
@@ -117,15 +144,18 @@ def train(config: Train) -> None:
     recipes = [run.recipe(store.sources) for run in runs]
     mesh = _mesh(config)
     options = RunOptions(
-        config.split(),
-        config.window_tokens,
-        config.log_every,
-        config.checkpoint_every,
-        config.null_data(),
+        split=config.split(),
+        window_tokens=config.window_tokens,
+        lanes=config.lanes,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        step_timeout=config.step_timeout,
+        null=config.null_data(),
     )
     # Refuses a share that holds nothing out, while nothing is trained yet.
     held_out = TokenView.of_split(store, options.split, held_out=True)
     _warn_of_epochs(config, store.num_tokens - held_out.num_tokens)
+    _warn_of_lanes(config)
     _warn_of_outliers(store.manifest)
     if len(runs) > 1:
         Console().print(f"{len(runs)} crosscoders, {runs_at_once(recipes, mesh)} in turns over each read")
@@ -141,8 +171,20 @@ def train(config: Train) -> None:
         )
     for run in runs:
         Console().print(f"crosscoder: {run.output / 'crosscoder'}")
-    if len(runs) > 1:
-        _save_command(config, config.output / "train.command.json")
+    if len(runs) > 1 and is_first_process():
+        _save_command(config.without_processes(), config.output / "train.command.json")
+
+
+def _warn_of_lanes(config: Train) -> None:
+    """Say when a host reads what another one reads, too."""
+    from jax import process_count
+
+    sharing = min(process_count(), config.data_shards)
+    if config.lanes % sharing:
+        _warn(
+            f"--lanes {config.lanes} for {sharing} processes that share a batch: each reads more of the "
+            f"store than its share; a new run with --lanes {sharing}, or a multiple, reads every file once"
+        )
 
 
 def _warn_of_epochs(config: Train, num_tokens: int) -> None:
@@ -160,7 +202,7 @@ def _begin(run: Train) -> "Sequence[Tracker]":
     """Keep the command of a run whose folder is now its own, should it be killed, and log to TensorBoard."""
     from crosscoder_jax.training.tracking import TensorBoardTracker
 
-    _save_command(run, run.output / "train.command.json")
+    _save_command(run.without_processes(), run.output / "train.command.json")
     return [TensorBoardTracker(run.output / "tensorboard")] if run.tensorboard else []
 
 
@@ -411,7 +453,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command.
 
-    Exits with 2 for wrong usage, 1 for any other mistake of the user, 130 when interrupted.
+    Exits with 2 for wrong usage, 1 for any other mistake of the user, 130 when interrupted, 75 when a
+    training run that was told to end by SIGTERM has saved where it is: given again, the command goes on.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -431,8 +474,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments is None:  # the process is this command's own
             _leave_at_once(130)
         raise SystemExit(130) from None
+    except PreemptedError as told:
+        _print_error(f"{told}: give the same command again")
+        raise SystemExit(_PREEMPTED) from None
     except _EXPECTED_ERRORS as error:
-        _fail(name_flags(_described(error), command.config), 1)
+        _print_error(name_flags(_described(error), command.config))
+        _abandon_others(arguments)
+        raise SystemExit(1) from None
+    except Exception:
+        if arguments is None and _is_among_others():
+            traceback.print_exc()
+        _abandon_others(arguments)
+        raise
+
+
+def _abandon_others(arguments: Sequence[str] | None) -> None:
+    """End one of several processes at once: it would wait for the others, and they for it in a collective."""
+    if arguments is None and _is_among_others():
+        _leave_at_once(1)
+
+
+def _is_among_others() -> bool:
+    import jax
+
+    return jax.distributed.is_initialized()
 
 
 def _leave_at_once(code: int) -> None:

@@ -131,16 +131,44 @@ class Train:
     """Share of the documents that training does not see, and every later command measures on; above 0."""
     window_tokens: int = 1 << 17
     """Tokens shuffled together; memory holds two windows."""
+    lanes: int = 1
+    """Streams of files that share every batch evenly: as many as hosts, or a multiple, so that each reads
+    its share of the store alone. Divides the batch; changes the order of the data."""
     log_every: int = 10
     """Steps between logged metrics."""
     checkpoint_every: int = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints; on SIGTERM one is saved at once, and the command ends with 75."""
+    step_timeout: float | None = 1800.0
+    """Seconds without a step done, the compilation included, after which the command prints where it is stuck
+    and ends with 1."""
     data_shards: int = 1
-    """Devices that share a batch."""
+    """Devices that share a batch, over all processes."""
     latent_shards: int = 1
     """Devices that share the latents."""
+    distributed: bool = False
+    """One of several processes of the run, each given the same command: found by JAX on TPU pods, under Slurm
+    and other launchers, or told by the next three or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID."""
+    coordinator: str | None = None
+    """host:port of the first process."""
+    num_processes: int | None = None
+    """Processes of the run."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run."""
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether this is one of several processes."""
+        told = (self.coordinator, self.num_processes, self.process_id)
+        return self.distributed or any(value is not None for value in told)
+
+    def without_processes(self) -> "Train":
+        """Return what is kept beside the run, which may go on with other processes."""
+        return dataclasses.replace(
+            self, distributed=False, coordinator=None, num_processes=None, process_id=None
+        )
 
     def recipe(self, stored: Sources) -> TrainConfig:
         """Return the training recipe for a store's sources.

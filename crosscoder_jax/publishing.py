@@ -26,7 +26,7 @@ from crosscoder_jax.activations.atomic import (
 from crosscoder_jax.configs import config_from_json, config_to_json
 from crosscoder_jax.crosscoder import RULE_PARAMETERS, Crosscoder, CrosscoderConfig
 from crosscoder_jax.outputs import check_folder, listed
-from crosscoder_jax.sharding import Shardings, check_divisible, place
+from crosscoder_jax.sharding import Shardings, check_divisible, from_first, place, to_host
 
 FORMAT = "crosscoder_jax"
 """What ``config.json`` calls the package's own format."""
@@ -50,7 +50,8 @@ def save(crosscoder: Crosscoder, folder: str | Path, *, provenance: Mapping[str,
     Weights are saved in the units they are in, with the normaliser beside them; save
     ``fold_normalization(crosscoder)`` for weights in raw activation units. ``config.json`` names the
     weights it belongs to by their hash and is replaced in one step, so that a save that is stopped at
-    any moment leaves the old crosscoder or the new one, and :func:`load` finds its weights.
+    any moment leaves the old crosscoder or the new one, and :func:`load` finds its weights. In a run of
+    several processes all of them call this, and the first one writes.
 
     Args:
         crosscoder: what to save; every tensor in its own dtype.
@@ -73,13 +74,19 @@ def save(crosscoder: Crosscoder, folder: str | Path, *, provenance: Mapping[str,
         "crosscoder": config_to_json(crosscoder.config),
         "provenance": as_read_back(dict(provenance or {})),
     }
-    data = serialize(tensors_of(crosscoder))
-    document["weights_sha256"] = hashlib.sha256(data).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
-    _finish_stopped_save(folder)
-    write_bytes_atomically(folder / _STAGED, data)
-    write_json_atomically(folder / "config.json", document)
-    (folder / _STAGED).replace(folder / _WEIGHTS)
+    tensors = tensors_of(crosscoder)
+
+    def write() -> bytes:
+        data = serialize(tensors)
+        document["weights_sha256"] = hashlib.sha256(data).hexdigest()
+        folder.mkdir(parents=True, exist_ok=True)
+        _finish_stopped_save(folder)
+        write_bytes_atomically(folder / _STAGED, data)
+        write_json_atomically(folder / "config.json", document)
+        (folder / _STAGED).replace(folder / _WEIGHTS)
+        return b""
+
+    from_first(write)
     return folder
 
 
@@ -151,8 +158,8 @@ def assemble(
 
 
 def tensors_of(crosscoder: Crosscoder) -> dict[str, np.ndarray]:
-    """Return a crosscoder's tensors on the host, by the names of its variables."""
-    return {name: np.array(getattr(crosscoder, name)[...]) for name in _names(crosscoder)}
+    """Return a crosscoder's tensors on the host, by the names of its variables; see :func:`to_host`."""
+    return {name: to_host(getattr(crosscoder, name)[...]) for name in _names(crosscoder)}
 
 
 def load_provenance(folder: str | Path) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_schedule_of_a_view_reads_no_file_twice_an_epoch(view, monkeypatch):
     monkeypatch.setattr(ActivationStore, "read_rows", counted)
     batches = Batches(view, schedule)
     for window in schedule.windows(0, view.num_tokens):
-        batches._load(window, range(10), window.start, window.stop)
+        batches._load(window, *batches._shares(None), window.start, window.stop)
     assert sorted(reads) == sorted(set((indices(view) // CHUNK).tolist()))
 
 
@@ -154,6 +154,51 @@ def test_a_host_reads_only_its_rows(store, monkeypatch):
     assert sum(counts) == 2 * steps
 
 
+LANES = 4
+SHARES = [
+    # Rows of a batch of 12, of which every lane gives three.
+    [slice(0, 12)],
+    [slice(0, 6), slice(6, 12)],
+    [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)],
+    [slice(0, 7), slice(7, 12)],  # a lane that two hosts have
+    [np.array([0, 1, 2, 9, 10, 11]), slice(3, 9)],  # hosts that lie apart on the mesh
+]
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_hosts_together_have_the_batches_of_one(view, shares, prefetch):
+    schedule = view.schedule(12, window_tokens=100, seed=2, lanes=LANES)
+    steps = range(3, 3 + 3 * len(view) // 12)
+    expected = [STORED[view.token_index(schedule.positions(step))] for step in steps]
+    for rows in shares:
+        host = Batches(view, schedule, prefetch=prefetch)
+        ours = list(host.iterate(steps.start, steps.stop, rows))
+        np.testing.assert_array_equal(ours, [batch[rows] for batch in expected])
+        np.testing.assert_array_equal([host.batch(step, rows) for step in steps], ours)
+
+
+def test_a_host_reads_the_files_of_its_lanes_alone(store, monkeypatch):
+    """Of 20 files in an epoch a host with one of four lanes reads 5, and what a cut between lanes divides."""
+    view, files = TokenView(store), []
+    original = ActivationStore.read_rows
+
+    def counted(self, index):
+        files[-1] |= set((index // CHUNK).tolist())
+        return original(self, index)
+
+    monkeypatch.setattr(ActivationStore, "read_rows", counted)
+    schedule = view.schedule(12, window_tokens=100, seed=2, lanes=LANES)
+    steps = NUM_TOKENS // 12  # within the first epoch
+    for lane in range(LANES):
+        files.append(set())
+        list(Batches(view, schedule).iterate(0, steps, slice(3 * lane, 3 * lane + 3)))
+    num_files = -(-NUM_TOKENS // CHUNK)
+    assert set.union(*files) == set(range(num_files))
+    assert sum(map(len, files)) <= num_files + LANES - 1
+    assert max(map(len, files)) <= -(-num_files // LANES) + 1
+
+
 def test_steps_in_order_read_each_window_once(store, monkeypatch):
     view = TokenView(store)
     batches = Batches(view, view.schedule(10, window_tokens=50))
@@ -175,10 +220,12 @@ def test_batches_are_the_callers_own(store):
         np.testing.assert_array_equal(make(), before)
 
 
-@pytest.mark.parametrize("rows", [slice(0, 10, 2), slice(4, 4), slice(12, 20), slice(None, None, -1)])
+@pytest.mark.parametrize(
+    "rows", [slice(4, 4), slice(12, 20), slice(None, None, -1), np.array([3, 1]), np.array([2, 2])]
+)
 def test_impossible_rows_are_refused(store, rows):
     view = TokenView(store)
-    with pytest.raises(ValueError, match="must be a slice of step 1, not empty"):
+    with pytest.raises(ValueError, match="of a batch of 10: ask for some, in ascending order"):
         Batches(view, view.schedule(10)).batch(0, rows)
 
 

@@ -93,6 +93,65 @@ def test_windows_tile_the_stream():
     assert list(schedule.windows(7, 7)) == []
 
 
+LANED = [
+    BatchSchedule(101, 12, 10, 3, seed=3, lanes=4),  # 101 tokens in four lanes: 25 and 26 in turns
+    BatchSchedule(101, 12, 10, 3, seed=3, lanes=4, block_starts=(0, 50)),  # fewer blocks than lanes
+    BatchSchedule(96, 16, 8, 100, seed=3, lanes=2),  # one window a lane
+    BatchSchedule(37, 40, 5, 1, seed=3, lanes=8),  # a batch of more than an epoch
+]
+
+
+@pytest.mark.parametrize("schedule", LANED, ids=repr)
+def test_lanes_take_an_epoch_between_them_to_the_token(schedule):
+    """Each token once an epoch, lanes even to one token, and each lane whole spans of the shuffled blocks."""
+    rows, epochs = schedule.batch_size // schedule.lanes, 5
+    steps = -(-epochs * schedule.num_tokens // schedule.batch_size) + 1
+    lanes = np.stack([schedule.positions(step) for step in reversed(range(steps))])[::-1]
+    lanes = lanes.reshape(steps, schedule.lanes, rows).transpose(1, 0, 2).reshape(schedule.lanes, -1).tolist()
+    edges = [*(schedule.block_starts or range(0, schedule.num_tokens, schedule.block_tokens)), 10**9]
+    for epoch in range(epochs):
+        blocks = permutation(schedule.seed, 0, epoch, size=len(edges) - 1)
+        in_order = [t for b in blocks for t in range(edges[b], min(edges[b + 1], schedule.num_tokens))]
+        sizes = []
+        for lane in range(schedule.lanes):
+            # Tokens of the epoch that fall to the lane when all are dealt out in turns, epoch after epoch.
+            dealt = range(epoch * schedule.num_tokens, (epoch + 1) * schedule.num_tokens)
+            sizes.append(sum(token % schedule.lanes == lane for token in dealt))
+            ours, lanes[lane] = lanes[lane][: sizes[-1]], lanes[lane][sizes[-1] :]
+            assert sorted(ours) == sorted(in_order[: sizes[-1]])
+            in_order = in_order[sizes[-1] :]
+        assert not in_order
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_lane_shuffles_its_share_of_a_window():
+    schedule = BatchSchedule(num_tokens=400, batch_size=40, block_tokens=10, window_blocks=8, seed=0, lanes=4)
+    windows = list(schedule.windows(0, 100, lane=2))
+    assert [w.stop - w.start for w in windows] == [20] * 5
+    assert all(a.stop == b.start for a, b in itertools.pairwise(windows))
+    for window in windows:
+        positions = schedule.window_positions(window)
+        assert len(np.unique(positions // 10)) == 2
+        assert positions.tolist() != sorted(positions.tolist())
+
+
+def test_pinned_order_of_lanes():
+    schedule = BatchSchedule(num_tokens=10, batch_size=4, block_tokens=2, window_blocks=2, seed=42, lanes=2)
+    assert [schedule.positions(step).tolist() for step in range(3)] == [
+        [4, 5, 9, 7],
+        [0, 1, 6, 2],
+        [8, 0, 3, 5],
+    ]
+
+
+@pytest.mark.parametrize(("batch_size", "lanes"), [(10, 4), (8, 8), (8, 16)])
+def test_lanes_that_a_batch_cannot_hold_are_refused(batch_size, lanes):
+    with pytest.raises(
+        ValueError, match=f"lanes={lanes} must divide the batch of {batch_size} tokens and be"
+    ):
+        BatchSchedule(num_tokens=7, batch_size=batch_size, lanes=lanes)
+
+
 def test_far_steps_need_nothing_before_them():
     schedule = BatchSchedule(num_tokens=10**7, batch_size=4096, block_tokens=4096, window_blocks=8, seed=0)
     far = schedule.positions(10**12)
@@ -112,7 +171,7 @@ def test_pinned_order():
     ]
 
 
-@pytest.mark.parametrize("name", ["num_tokens", "batch_size", "block_tokens", "window_blocks"])
+@pytest.mark.parametrize("name", ["num_tokens", "batch_size", "block_tokens", "window_blocks", "lanes"])
 def test_sizes_must_be_positive(name):
     sizes = {"num_tokens": 4, "batch_size": 2, "block_tokens": 2, "window_blocks": 1} | {name: 0}
     with pytest.raises(ValueError, match=f"{name}=0 must be positive"):

@@ -4,11 +4,22 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import P
 from jax.sharding import AxisType
 
-from crosscoder_jax.sharding import Shardings, check_divisible, make_mesh
+from crosscoder_jax import sharding
+from crosscoder_jax.sharding import (
+    BatchShare,
+    Shardings,
+    check_divisible,
+    from_first,
+    make_mesh,
+    place,
+    start_processes,
+    to_host,
+)
 
 
 def test_a_mesh_is_explicit_with_data_before_latent():
@@ -72,3 +83,68 @@ def test_each_axis_has_its_own_size():
     check_divisible("batch_size", 6, make_mesh(2, 4), "data")
     with pytest.raises(ValueError, match="batch_size=6"):
         check_divisible("batch_size", 6, make_mesh(4, 2), "data")
+
+
+def test_a_mesh_without_a_device_of_each_process_is_refused(monkeypatch):
+    """All eight devices here are of process 0, so that process 1 of two has none."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"data=2 x latent=4 leaves the processes \[1\] of 2 without a device"
+    ):
+        make_mesh(2, 4)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What JAX is told to start with, in an environment that says nothing."""
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: told.append((args, kwargs)))
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return told
+
+
+def test_processes_are_found_by_jax_by_default(started):
+    start_processes()
+    ((places, settings),) = started
+    assert places == (None, None, None)
+    assert settings["heartbeat_timeout_seconds"] == sharding.HEARTBEAT_SECONDS < 30
+
+
+def test_what_is_given_goes_before_the_environment(started, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "first:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "3")
+    start_processes()
+    start_processes("other:2", 2, 0)
+    assert [places for places, _ in started] == [("first:1", 4, 3), ("other:2", 2, 0)]
+
+
+def test_a_number_of_processes_that_is_none_is_refused(started, monkeypatch):
+    monkeypatch.setenv("JAX_PROCESS_ID", "first")
+    with pytest.raises(
+        ValueError, match="JAX_PROCESS_ID='first' must be a number: set it to one, or unset it"
+    ):
+        start_processes()
+    assert not started
+
+
+def test_a_process_alone_makes_what_the_first_makes():
+    assert from_first(lambda: b"made") == b"made"
+
+
+@pytest.mark.parametrize("spec", [P("data", "latent"), P("latent", None), P(None, None)])
+def test_arrays_come_back_whole_whatever_their_layout(spec):
+    values = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+    with jax.set_mesh(make_mesh(2, 4)):
+        np.testing.assert_array_equal(to_host(place(values, spec)), values)
+
+
+@pytest.mark.parametrize("mesh", [None, (8, 1), (2, 4), (1, 8)])
+def test_a_process_that_has_all_devices_has_all_rows(mesh):
+    share = BatchShare(16, None if mesh is None else make_mesh(*mesh))
+    assert share.rows.tolist() == list(range(16))
+    acts = np.arange(48.0, dtype=np.float32).reshape(16, 3)
+    placed = share.place(acts)
+    np.testing.assert_array_equal(placed, acts)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(16 // (mesh or (1,))[0], 3)}

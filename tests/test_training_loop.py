@@ -6,6 +6,7 @@ import json
 import resource
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -357,3 +358,22 @@ def test_a_damaged_newest_checkpoint_is_named(store, whole, tmp_path):
         small_run(store, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "10")
     assert_equal(small_run(store, tmp_path), whole[0])
+
+
+def test_processes_without_a_mesh_would_each_train_alone(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"mesh=None in a run of 2 processes.* make_mesh"):
+        small_run(store, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_lanes_are_part_of_a_run_and_one_where_nothing_was_recorded(store, tmp_path):
+    """A run of a release without lanes, whose config says nothing of them, is one of a single lane."""
+    small_run(store, tmp_path)
+    config = tmp_path / "config.json"
+    recorded = json.loads(config.read_text())
+    assert recorded.pop("lanes") == 1
+    config.write_text(json.dumps(recorded))
+    small_run(store, tmp_path)
+    with pytest.raises(ValueError, match="holds another run: lanes: 4, was 1"):
+        small_run(store, tmp_path, options=dataclasses.replace(OPTIONS, lanes=4))

@@ -1,20 +1,21 @@
 """Training on meshes of 8 devices: the numbers of one device, and what the compiled step sends."""
 
 import contextlib
-import re
+import dataclasses
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import collectives, over
 from training_cases import activations, recipe, to_numpy, weights
 
 import crosscoder_jax as cc
 from crosscoder_jax.sharding import Shardings, make_mesh
 from crosscoder_jax.training.loop import put_batch
 from crosscoder_jax.training.state import init_state
-from crosscoder_jax.training.step import train_step
+from crosscoder_jax.training.step import eval_step, train_step
 
 BATCH, LATENTS, WIDTH, STEPS = 32, 48, 11, 20
 # k 1 leaves about half of 48 latents silent in two batches of 32, now more than k_aux, now fewer.
@@ -120,69 +121,6 @@ def _arrays(state):
     ]
 
 
-def collectives(text):
-    """(kind, shapes sent, groups of devices) of every collective of a compiled program."""
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    where = (
-        r"mesh\[[^\]]*\](?:, device_ids=\(\S*\))? \{.*?\}|\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
-    )
-    pattern = re.compile(rf"= (.*?) ({kinds})(?:-start)?\(.*?replica_groups=({where})")
-    found = []
-    for line in text.splitlines():
-        if re.search(rf" ({kinds})(-start)?\(", line):
-            match = pattern.search(line)
-            assert match, line
-            shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", match[1])
-            found.append(
-                (match[2], [tuple(int(n) for n in s.split(",") if n) for s in shapes], groups(match[3]))
-            )
-    return found
-
-
-def groups(text):
-    """The groups of devices that a compiled program names, in any of XLA's three ways.
-
-    ``{{0,1},{2,3}}``, ``[4,2]<=[2,4]T(1,0)`` or ``mesh['a'=2,'b'=4] {'b'}``.
-    """
-    if text.startswith("{"):
-        return {tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", text[1:-1])}
-    if text.startswith("mesh"):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", text)}
-        over = re.findall(r"'(\w+)'", text[text.rindex("{") :])
-        devices = np.arange(np.prod(list(sizes.values())))
-        if relabelled := re.search(r"device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", text):
-            source, order = ([int(n) for n in part.split(",")] for part in relabelled.groups())
-            devices = devices.reshape(source).transpose(order)
-        axes = list(sizes)
-        order = [i for i, axis in enumerate(axes) if axis not in over] + [axes.index(axis) for axis in over]
-        size = int(np.prod([sizes[axis] for axis in over]))
-        grid = devices.reshape(list(sizes.values())).transpose(order)
-        return {tuple(row) for row in grid.reshape(-1, size).tolist()}
-    match = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    assert match, text
-    shape, source = ([int(n) for n in part.split(",")] for part in match.group(1, 2))
-    devices = np.arange(np.prod(source)).reshape(source)
-    if match[3]:
-        devices = devices.transpose([int(n) for n in match[3].split(",")])
-    return {tuple(row) for row in devices.reshape(shape).tolist()}
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("{{0,1},{2,3}}", {(0, 1), (2, 3)}),
-        ("[2,2]<=[4]", {(0, 1), (2, 3)}),
-        ("[2,2]<=[2,2]T(1,0)", {(0, 2), (1, 3)}),
-        ("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", {(0, 1), (2, 3)}),
-        ("mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", {(0, 2), (1, 3)}),
-        ("mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}", {(0, 1, 2, 3)}),
-        ("mesh['axis_0'=3,'axis_1'=2], device_ids=([2,3]T(1,0)) {'axis_0'}", {(0, 1, 2), (3, 4, 5)}),
-    ],
-)
-def test_groups_are_read_right(text, expected):
-    assert groups(text) == expected
-
-
 def test_the_step_gathers_nothing(compiled):
     text = compiled[0].as_text()
     kinds = {kind for kind, _, _ in collectives(text)}
@@ -192,10 +130,6 @@ def test_the_step_gathers_nothing(compiled):
 
 
 def test_what_is_reduced_over_which_axis(compiled):
-    devices = np.arange(DATA * LATENT).reshape(DATA, LATENT)
-    over_latent = {tuple(row) for row in devices.tolist()}
-    over_data = {tuple(row) for row in devices.T.tolist()}
-    over_both = {tuple(devices.ravel().tolist())}
     rows, width, latents = 64 // DATA, 64, 512 // LATENT
     allowed = {
         # Reconstructions and their gradients, and one number per token.
@@ -215,13 +149,58 @@ def test_what_is_reduced_over_which_axis(compiled):
     }
     seen = set()
     for _, shapes, where in collectives(compiled[0].as_text()):
-        axis = {frozenset(over_latent): "latent", frozenset(over_data): "data", frozenset(over_both): "both"}[
-            frozenset(where)
-        ]
+        axis = over(where, DATA, LATENT)
         assert set(shapes) <= allowed[axis], (axis, shapes)
         seen |= {(axis, shape) for shape in shapes}
     assert ("latent", (rows, width)) in seen, "the reconstruction"
     assert {("data", (width, latents)), ("data", (latents, width))} & seen, "the gradients"
+
+
+@pytest.mark.parametrize("has_aux_k", [False, True])
+def test_the_gradients_are_reduced_once(compiled, has_aux_k):
+    """One collective over ``data`` has them all. In steps with dead latents AuxK, whose branch is entered
+    only then, sends its part of the decoder's gradient besides."""
+    if has_aux_k:
+        text = compiled[0].as_text()
+    else:
+        config, mesh = dataclasses.replace(LARGE, aux_k=None), make_mesh(DATA, LATENT)
+        with on(mesh) as shardings:
+            state = init_state(config, shardings=shardings)
+            acts = put_batch(activations(64, (40, 24)), mesh)
+            text = train_step.lower(state, acts, config=config).compile().as_text()
+    width, latents = 64, 512 // LATENT
+    matrices = {(width, latents), (latents, width)}
+    sent = [[shape for shape in shapes if shape in matrices] for _, shapes, _ in collectives(text)]
+    carriers = sorted((shapes for shapes in sent if shapes), key=len)
+    assert [len(shapes) for shapes in carriers] == ([1, 2] if has_aux_k else [2])
+    assert set(carriers[-1]) == matrices
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """The compiled measurement of a batch, which evaluation and, for its code, calibration run."""
+    mesh = make_mesh(DATA, LATENT)
+    with on(mesh) as shardings:
+        crosscoder = init_state(LARGE, shardings=shardings).crosscoder()
+        acts = put_batch(activations(64, (40, 24)), mesh)
+        is_valid = jax.device_put(np.ones(64, bool), shardings.per_batch_b)
+        return eval_step.lower(crosscoder, acts, is_valid).compile().as_text()
+
+
+def test_a_measurement_reduces_partial_sums_and_nothing_else(measured):
+    rows, width, latents = 64 // DATA, 64, 512 // LATENT
+    allowed = {
+        # Reconstructions, and one number per token.
+        "latent": {(), (rows, width), (rows,)},
+        # Tokens on which each of this shard's latents fired, the mean, and sums per source.
+        "data": {(), (latents,), (1, latents), (width,), (1, width), (2,)},
+        "both": {(), (2,)},
+    }
+    found = collectives(measured)
+    assert {kind for kind, _, _ in found} == {"all-reduce"}
+    for _, shapes, where in found:
+        assert set(shapes) <= allowed[over(where, DATA, LATENT)], (over(where, DATA, LATENT), shapes)
+    assert ("latent", (rows, width)) in {(over(g, DATA, LATENT), s) for _, ss, g in found for s in ss}
 
 
 def test_every_buffer_of_the_state_is_donated(compiled):

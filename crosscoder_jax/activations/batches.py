@@ -1,13 +1,15 @@
 """Batches of activations: shuffled for training, in order for measuring."""
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
-from crosscoder_jax.activations.prefetch import load_ahead, rebatch
+from crosscoder_jax.activations.prefetch import load_ahead, reading_thread, rebatch
 from crosscoder_jax.activations.schedule import BatchSchedule, Window
 from crosscoder_jax.activations.view import TokenView
 
@@ -15,8 +17,16 @@ _SEGMENT_CHUNKS = 4
 """Files of a source that sequential reading takes at once: enough to keep a disk busy."""
 
 
+Rows = slice | Integer[np.ndarray, "rows"]
+"""Some rows of a global batch: a slice, or their numbers in ascending order."""
+
+
 class Batches:
     """Shuffled batches of activations: batch ``step`` is the same however one gets there.
+
+    A host that asks for some rows reads the files of the lanes (see :class:`BatchSchedule`) that these rows
+    are in, whole, and no others: of one lane every host reads everything, of as many lanes as hosts each
+    reads its share, and of the files that a cut between two lanes goes through both hosts read all.
 
     Args:
         view: the tokens.
@@ -38,10 +48,10 @@ class Batches:
         self.prefetch = prefetch
         self._kept: collections.OrderedDict[tuple, np.ndarray] = collections.OrderedDict()
 
-    def batch(self, step: int, rows: slice | None = None) -> Float[np.ndarray, "batch width"]:
+    def batch(self, step: int, rows: Rows | None = None) -> Float[np.ndarray, "batch width"]:
         """Return batch ``step``, in raw units and the stored type.
 
-        The last two windows are kept, so asking for steps in order reads nothing twice; but
+        The last two windows of a lane are kept, so asking for steps in order reads nothing twice; but
         nothing is read ahead: for a long run use :meth:`iterate`.
 
         Args:
@@ -51,26 +61,27 @@ class Batches:
         Raises:
             StoreError: if a file is damaged.
         """
-        share, (start, stop) = self._share(rows), self._span(step, step + 1)
+        shares, (start, stop) = self._shares(rows), self._span(step, step + 1)
         parts = []
-        for window in self.schedule.windows(start, stop):
-            key = (window, share.start, share.stop)
-            if key not in self._kept:
-                while len(self._kept) > 1:
-                    self._kept.popitem(last=False)
-                self._kept[key] = self._load(window, share, window.start, window.stop)
-            before = self._count(share, window.start, max(start, window.start))
-            count = self._count(share, max(start, window.start), min(stop, window.stop))
-            parts.append(self._kept[key][before : before + count])
+        for share in shares:
+            for window in self.schedule.windows(start, stop, share.lane):
+                key = (window, share.is_wanted.tobytes())
+                if key not in self._kept:
+                    while len(self._kept) >= 2 * len(shares):
+                        self._kept.popitem(last=False)
+                    self._kept[key] = self._load(window, share, window.start, window.stop)
+                before = share.count(window.start, max(start, window.start))
+                count = share.count(max(start, window.start), min(stop, window.stop))
+                parts.append(self._kept[key][before : before + count])
         return np.concatenate(parts)
 
     def iterate(
-        self, start_step: int, stop_step: int, rows: slice | None = None
+        self, start_step: int, stop_step: int, rows: Rows | None = None
     ) -> Iterator[Float[np.ndarray, "batch width"]]:
         """Yield batches ``start_step`` to ``stop_step``, reading a window ahead in the background.
 
-        Memory holds at most two windows, a batch and a few files being read. An error while
-        reading ahead is raised when its batch is asked for.
+        Memory holds at most two windows of each lane that is read, a batch and a few files being read. An
+        error while reading ahead is raised when its batch is asked for.
 
         Args:
             start_step: first batch; beginning late costs nothing.
@@ -80,39 +91,72 @@ class Batches:
         Raises:
             StoreError: if a file is damaged.
         """
-        share, (start, stop) = self._share(rows), self._span(start_step, stop_step)
+        shares, (start, stop) = self._shares(rows), self._span(start_step, stop_step)
+
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(reading_thread()) if self.prefetch else None
+            lanes = [
+                stack.enter_context(contextlib.closing(self._lane(share, start, stop, pool)))
+                for share in shares
+            ]
+            for parts in zip(*lanes, strict=True):
+                yield parts[0][0] if len(parts) == 1 else np.concatenate([rows for (rows,) in parts])
+
+    def _lane(
+        self, share: "_Share", start: int, stop: int, pool: Executor | None
+    ) -> Generator[tuple, None, None]:
+        """Yield what a lane gives each batch of its stream from ``start`` to ``stop``."""
 
         def load(window: Window) -> tuple[np.ndarray]:
             return (self._load(window, share, max(start, window.start), min(stop, window.stop)),)
 
-        windows = self.schedule.windows(start, stop)
-        loaded = load_ahead(load, windows) if self.prefetch else map(load, windows)
-        for (batch,) in rebatch(loaded, len(share)):
-            yield batch
+        windows = self.schedule.windows(start, stop, share.lane)
+        return rebatch(
+            map(load, windows) if pool is None else load_ahead(load, windows, pool), share.num_rows
+        )
 
     def _span(self, start_step: int, stop_step: int) -> tuple[int, int]:
-        return start_step * self.schedule.batch_size, stop_step * self.schedule.batch_size
+        return start_step * self.schedule.lane_rows, stop_step * self.schedule.lane_rows
 
-    def _share(self, rows: slice | None) -> range:
-        share = range(self.schedule.batch_size)[rows or slice(None)]
-        if share.step != 1 or not len(share):
+    def _shares(self, rows: Rows | None) -> list["_Share"]:
+        """Return what is wanted of each lane that anything is wanted of."""
+        is_wanted = np.zeros(self.schedule.batch_size, bool)
+        is_wanted[slice(None) if rows is None else rows] = True
+        asked = np.arange(self.schedule.batch_size)[slice(None) if rows is None else rows]
+        if not len(asked) or np.any(np.diff(asked) <= 0):
             raise ValueError(
-                f"rows={rows} of a batch of {self.schedule.batch_size} must be a slice of step 1, not empty"
+                f"rows={rows} of a batch of {self.schedule.batch_size}: ask for some, in ascending order"
             )
-        return share
+        of_lanes = is_wanted.reshape(self.schedule.lanes, -1)
+        return [_Share(lane, of_lanes[lane]) for lane in np.flatnonzero(of_lanes.any(axis=1)).tolist()]
 
-    def _load(self, window: Window, share: range, start: int, stop: int) -> Float[np.ndarray, "token width"]:
-        """Read those tokens of a window that lie in ``start`` to ``stop`` of the stream and in ``share``."""
+    def _load(
+        self, window: Window, share: "_Share", start: int, stop: int
+    ) -> Float[np.ndarray, "token width"]:
+        """Read those tokens of a window that lie in ``start`` to ``stop`` of its lane and in ``share``."""
         positions = self.schedule.window_positions(window)[start - window.start : stop - window.start]
-        row = np.arange(start, stop) % self.schedule.batch_size
-        return self.view.read_positions(positions[(row >= share.start) & (row < share.stop)])
+        row = np.arange(start, stop) % self.schedule.lane_rows
+        return self.view.read_positions(positions[share.is_wanted[row]])
 
-    def _count(self, share: range, start: int, stop: int) -> int:
-        """Count the tokens of the stream from ``start`` to ``stop`` whose row is in ``share``."""
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Share:
+    """The rows that are wanted of a lane."""
+
+    lane: int
+    is_wanted: Bool[np.ndarray, "rows"]
+    """Of the rows that the lane gives every batch."""
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.is_wanted.sum())
+
+    def count(self, start: int, stop: int) -> int:
+        """Count the tokens of the lane's stream from ``start`` to ``stop`` that are wanted."""
 
         def before(token: int) -> int:
-            batches, row = divmod(token, self.schedule.batch_size)
-            return batches * len(share) + min(max(row - share.start, 0), len(share))
+            batches, row = divmod(token, len(self.is_wanted))
+            return batches * self.num_rows + int(self.is_wanted[:row].sum())
 
         return before(stop) - before(start)
 

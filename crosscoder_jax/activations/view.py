@@ -77,13 +77,16 @@ class TokenView:
         positions = np.where(part < 0, 0, self._starts[part] + inside)
         return np.unique(positions[positions < self.num_tokens])
 
-    def schedule(self, batch_size: int, *, window_tokens: int = 1 << 17, seed: int = 0) -> BatchSchedule:
+    def schedule(
+        self, batch_size: int, *, window_tokens: int = 1 << 17, seed: int = 0, lanes: int = 1
+    ) -> BatchSchedule:
         """Return a schedule whose blocks are the store's files, so that none is read twice an epoch.
 
         Args:
             batch_size: tokens of a global batch.
             window_tokens: about how many tokens are shuffled together. Memory holds two windows.
             seed: of the order.
+            lanes: streams of files that share every batch, so that each can be read on a host of its own.
         """
         starts = self.block_starts(self.store.manifest.chunk_tokens)
         window_blocks = max(1, round(window_tokens * len(starts) / self.num_tokens))
@@ -94,6 +97,7 @@ class TokenView:
             window_blocks=window_blocks,
             seed=seed,
             block_starts=tuple(starts.tolist()),
+            lanes=lanes,
         )
 
 

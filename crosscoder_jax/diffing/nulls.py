@@ -58,4 +58,5 @@ def _read(path: Path, remedy: str) -> dict[str, Any]:
 
 def _comparable(recorded: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {name: value for name, value in recorded["train"].items() if name not in _SEEDS}
-    return {"train": recipe} | {name: recorded[name] for name in ("split", "window_tokens", "store_identity")}
+    order = {name: recorded[name] for name in ("split", "window_tokens", "store_identity")}
+    return {"train": recipe, **order, "lanes": recorded.get("lanes", 1)}

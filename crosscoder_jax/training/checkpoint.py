@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from crosscoder_jax.sharding import is_first_process
 from crosscoder_jax.training.state import TrainState
 
 _logger = logging.getLogger(__name__)
@@ -47,8 +48,7 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self._folder = folder.absolute()
         self._has_failed = False
-        if jax.process_index() == 0:
-            self._remove_partial()
+        self._remove_partial()
         self._checkpointer = ocp.training.Checkpointer(
             str(self._folder),
             # Orbax's own policies and protocols disagree on the type of a parameter.
@@ -125,6 +125,8 @@ class Checkpoints:
         self._remove_partial()
 
     def _remove_partial(self) -> None:
+        if not is_first_process():
+            return
         for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -7,16 +7,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from crosscoder_jax.activations.atomic import read_json, remove_temporary_files, write_json_atomically
 from crosscoder_jax.activations.setting import lock_folder
 from crosscoder_jax.activations.store import ActivationStore
 from crosscoder_jax.configs import config_differences, config_from_json, config_to_json
 from crosscoder_jax.publishing import weights_sha256
+from crosscoder_jax.sharding import from_first, is_first_process
 from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.laws import WarmStart
 from crosscoder_jax.training.options import RunOptions
+
+_BEFORE_IT_WAS_RECORDED = {"lanes": 1}
+"""What runs did when their ``config.json`` did not say."""
 
 
 def run_identity(config: TrainConfig, store: ActivationStore, options: RunOptions) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def run_identity(config: TrainConfig, store: ActivationStore, options: RunOption
         "train": config_to_json(config),
         "split": config_to_json(options.split),
         "window_tokens": options.window_tokens,
+        "lanes": options.lanes,
         "null": config_to_json(options.null),
         "store_identity": {"fingerprint": store.manifest.fingerprint(), **store.manifest.identity()},
     }
@@ -59,7 +62,7 @@ def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     recorded = read_json(path)
-    theirs = {name: recorded.get(name) for name in identity}
+    theirs = {name: recorded.get(name, _BEFORE_IT_WAS_RECORDED.get(name)) for name in identity}
     # A recipe that was written before a field existed has its default.
     train = config_from_json(TrainConfig, theirs["train"], where=f"{path}: train")
     differences = config_differences(identity, {**theirs, "train": config_to_json(train)})
@@ -75,7 +78,7 @@ def claim_folder(
 ) -> None:
     """Write what the run is, once it has what it needs to start: a faulty recipe claims no folder."""
     path = folder / "config.json"
-    if not path.exists():
+    if is_first_process() and not path.exists():
         record: dict[str, Any] = {"store_path": str(store.path.absolute()), "versions": library_versions()}
         if start is not None:
             record["start_weights_sha256"] = weights_sha256(start.crosscoder)
@@ -94,26 +97,31 @@ def refuse_store_folder(folder: Path, store: ActivationStore) -> None:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path, work: str) -> Iterator[None]:
-    """Keep other processes off a run: they would take the files that this one is writing for leftovers.
+    """Keep others off a run: they would take the files that this one is writing for leftovers.
+
+    The first process of a run of several holds the lock.
 
     Args:
         folder: of the run; made if missing.
         work: what is done with the run, for the error that the others get.
 
     Raises:
-        ValueError: if another process has the folder.
+        ValueError: if another run's process has the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(folder, work=f"{work} this run") if jax.process_index() == 0 else None
-    try:
+    with contextlib.ExitStack() as held:
+
+        def take() -> bytes:
+            held.callback(os.close, lock_folder(folder, work=f"{work} this run"))
+            return b""
+
+        from_first(take)
         yield
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def clear_folder(folder: Path) -> None:
     """Make the folders of a run and remove what a killed process left half-written."""
     for path in (folder, folder / "crosscoder"):
         path.mkdir(parents=True, exist_ok=True)
-        remove_temporary_files(path)
+        if is_first_process():
+            remove_temporary_files(path)

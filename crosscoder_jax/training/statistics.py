@@ -30,6 +30,17 @@ class DataStatistics(NamedTuple):
     b_dec: Float[np.ndarray, "width"]
     """Geometric median of each source, normalised units."""
 
+    def to_bytes(self) -> bytes:
+        """Return all numbers one after another, to be sent to another process."""
+        return np.concatenate(self).tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, config: TrainConfig) -> "DataStatistics":
+        """Return what :meth:`to_bytes` made of the statistics for a recipe."""
+        width, num_sources = config.crosscoder.sources.width, len(config.crosscoder.sources)
+        numbers = np.frombuffer(data, config.crosscoder.param_dtype)
+        return cls(*np.split(numbers, [width, width + num_sources]))
+
 
 def data_statistics(sample: Float[np.ndarray, "token width"], config: TrainConfig) -> DataStatistics:
     """Estimate the normaliser and the decoder bias from a sample spread over the data.

@@ -60,7 +60,7 @@ def begin_with(state: TrainState, saved: Crosscoder, start: WarmStart) -> TrainS
         variable[...] = variable[...].at[places].set(given[name])
     crosscoder.constrain()
     _, params, fixed = nnx.split(crosscoder, nnx.Param, ...)
-    held = Held(is_saved_latent, jnp.asarray(is_saved_width)) if start.is_frozen else None
+    held = Held(is_saved_latent, place(is_saved_width, shardings.replicated)) if start.is_frozen else None
     return dataclasses.replace(state, params=params, fixed=fixed, held=held)
 
 

@@ -1,0 +1,70 @@
+"""The run that tests train in one process and in several, in float64."""
+
+import dataclasses
+import unittest.mock
+from pathlib import Path
+
+import numpy as np
+from training_cases import activations, recipe, write_store
+
+import crosscoder_jax as cc
+from crosscoder_jax.activations import ActivationStore, Split
+from crosscoder_jax.sharding import make_mesh, to_host
+from crosscoder_jax.training import loop
+from crosscoder_jax.training.loop import RunOptions, fit
+
+CHUNK = 16
+STEPS, BATCH, LANES = 20, 24, 4
+# Sums over shards are taken in another order, and Adam makes a step of the rate's size of whatever is left
+# where a gradient cancels: float32 would need a tolerance that hides mistakes.
+RECIPE = recipe(
+    num_steps=STEPS,
+    batch_size=BATCH,
+    dtype="float64",
+    sparsity=cc.BatchTopK(k=1.0),
+    aux_k=cc.AuxK(0.5, k_aux=8, dead_after_tokens=2 * BATCH),
+)
+OPTIONS = RunOptions(split=Split(0.2), window_tokens=120, lanes=LANES, log_every=1, checkpoint_every=4)
+
+
+def make_store(place):
+    """A store of 493 tokens: no multiple of its files, the windows, the lanes or the batch."""
+    return write_store(Path(place) / "store", acts=activations(493), chunk_tokens=CHUNK)
+
+
+def train(folder, shape, seen, progress=None, options=OPTIONS):
+    """Train the run; note which latents fired at each step and which files were read."""
+    folder = Path(folder)
+    store = ActivationStore.open(folder.parent / "store")
+    fired, files = [], set()
+    step, read_rows = loop.train_step, ActivationStore.read_rows
+
+    def noted_step(*arguments, **settings):
+        state, metrics = step(*arguments, **settings)
+        fired.append(to_host(state.tokens_since_fired) == 0)
+        return state, metrics
+
+    def noted_rows(self, token_index):
+        files.update((token_index // CHUNK).tolist())
+        return read_rows(self, token_index)
+
+    # The normaliser is of a sample that one process reads; files are those of the batches.
+    def sample(view, num_tokens):
+        rows = spread_sample(view, num_tokens)
+        files.clear()
+        return rows
+
+    spread_sample = loop.spread_sample
+    mesh = None if shape is None else make_mesh(*shape)
+    with (
+        unittest.mock.patch.object(loop, "train_step", noted_step),
+        unittest.mock.patch.object(loop, "spread_sample", sample),
+        unittest.mock.patch.object(ActivationStore, "read_rows", noted_rows),
+    ):
+        try:
+            crosscoder = fit(
+                RECIPE, store, folder, options=dataclasses.replace(options), mesh=mesh, progress=progress
+            )
+        finally:
+            seen.update(fired=np.array(fired), files=np.array(sorted(files)))
+    return crosscoder

@@ -1,0 +1,127 @@
+"""The command in several processes: told to end, killed, refused; and what it leaves behind."""
+
+import json
+import re
+import signal
+import time
+
+import jax
+import pytest
+from processes import Together, free_port
+from training_cases import write_store
+
+from crosscoder_jax import cli
+from crosscoder_jax.commands import Train
+from crosscoder_jax.training.tracking import read_metrics
+
+MAIN = ["-c", "import sys; from crosscoder_jax.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("cli_processes")
+    write_store(place / "store")
+    return place
+
+
+def commands(place, count, **options):
+    """The same command for each process, for ever unless told otherwise."""
+    settings = {
+        **{"store": place / "store", "output": place / "run", "num_latents": 16, "k": 3, "batch_size": 32},
+        **{"num_steps": 10**6, "warmup_steps": 3, "checkpoint_every": 5, "window_tokens": 256, "lanes": 2},
+        **{"data_shards": 2, "latent_shards": 2, "log_every": 1, "coordinator": f"127.0.0.1:{free_port()}"},
+        **{"num_processes": count},
+    } | options
+    words = [w for name, value in settings.items() for w in (f"--{name.replace('_', '-')}", value)]
+    return [[*MAIN, "train", *words, "--process-id", index] for index in range(count)]
+
+
+def wait_for_step(place, run, step):
+    """Return once the run has logged that step; the processes are killed should it never."""
+    deadline = time.monotonic() + 200
+    while True:
+        rows = read_metrics(place / "run" / "metrics.jsonl")
+        if rows and rows[-1]["step"] >= step:
+            return
+        alive = [process.poll() is None for process in run.processes]
+        assert all(alive), run.output()
+        assert time.monotonic() < deadline, run.output()
+        time.sleep(0.2)
+
+
+def saved_steps(place):
+    return sorted(int(path.name) for path in (place / "run" / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def test_told_to_end_then_going_on_then_a_host_dies(place):
+    """SIGTERM to one of two: both save the same step and end with 75. SIGKILL to one: the other ends, too."""
+    with Together(commands(place, 2), place / "told", devices=2) as run:
+        wait_for_step(place, run, 6)
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.wait(60) == [75, 75], run.output()
+        output = run.output()
+    step = saved_steps(place)[-1]
+    assert output.count(f"told to end (SIGTERM): step {step} is saved") == 2
+    kept = json.loads((place / "run" / "train.command.json").read_text())
+    assert {name: kept[name] for name in ("distributed", "coordinator", "num_processes", "process_id")} == {
+        **{"distributed": False, "coordinator": None, "num_processes": None, "process_id": None}
+    }
+    for dies in (1, 0):
+        with Together(commands(place, 2), place / f"dies-{dies}", devices=2) as run:
+            wait_for_step(place, run, step + 5 * (2 - dies))
+            run.processes[dies].kill()
+            left = run.processes[1 - dies]
+            # In under 30 s, which kills, and not as if all were well.
+            assert left.wait(30) not in (0, 75), run.output()
+    steps = [row["step"] for row in read_metrics(place / "run" / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)), "each once, over three starts"
+
+
+def test_a_mistake_that_only_the_first_process_sees_ends_all(place, tmp_path):
+    """Another run has the folder: what the first process is refused the other says, too."""
+    from crosscoder_jax.training.folders import locked_folder
+
+    words = commands(place, 2, output=tmp_path / "run")
+    with locked_folder(tmp_path / "run", "training"), Together(words, tmp_path / "logs", devices=2) as run:
+        assert run.wait(100) == [1, 1], run.output()
+        assert "another process is training this run: wait until it ends" in run.output()
+
+
+def test_processes_that_cannot_meet_are_refused(place, tmp_path, capsys, monkeypatch):
+    """With what JAX says where it finds no cluster; it would not be asked in a process that has computed."""
+
+    def find_nothing(*told, **settings):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", find_nothing)
+    options = ["--store", place / "store", "--output", tmp_path / "run", "--distributed"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *map(str, options)])
+    assert ended.value.code == 1
+    assert "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_a_run_was_trained_is_not_part_of_its_command(tmp_path):
+    config = Train(tmp_path, tmp_path, coordinator="host:1", num_processes=2, process_id=0)
+    assert config.is_distributed
+    assert config.without_processes() == Train(tmp_path, tmp_path)
+    assert not config.without_processes().is_distributed
+    assert Train(tmp_path, tmp_path, distributed=True).is_distributed
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "warning"),
+    [
+        (1, {"data_shards": 8}, None),
+        (4, {"data_shards": 8}, "--lanes 1 for 4 processes that share a batch: .* --lanes 4, or a multiple"),
+        (4, {"data_shards": 8, "lanes": 8}, None),
+        (4, {"data_shards": 2, "lanes": 1}, "--lanes 1 for 2 processes that share a batch: .* --lanes 2, or"),
+        (4, {"data_shards": 1, "latent_shards": 8}, None),
+    ],
+)
+def test_reading_more_than_a_share_is_said(tmp_path, capsys, monkeypatch, count, options, warning):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    cli._warn_of_lanes(Train(tmp_path, tmp_path, **options))
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(warning, said) if warning else not said
