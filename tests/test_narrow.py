@@ -326,3 +326,20 @@ def test_ordinary_windows_are_learnt_or_held_where_they_were(is_kept):
     if is_kept:
         expected = np.mean([np.sum(np.exp(log_q[t]) * (log_q[t] - log_p[t])) for t in (4, 0, 2)])
     assert found((4, 0, 2, 1)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_low_rank_addition_merged_does_what_it_did_beside_the_layer():
+    finetune = pytest.importorskip("experiments.quickstart.finetune", reason="install the extra 'lm'")
+    import torch
+
+    torch.manual_seed(0)
+    layer, tokens = torch.nn.Linear(6, 4, bias=False).requires_grad_(False), torch.randn(5, 6)
+    before = layer(tokens)
+    added = finetune._LowRank(layer, rank=2)
+    torch.testing.assert_close(layer(tokens), before)  # it begins as nothing
+    added.up += torch.randn(4, 2)
+    beside = layer(tokens)
+    torch.testing.assert_close(beside, before + tokens @ added.down.T @ added.up.T)
+    added.merge()
+    torch.testing.assert_close(layer(tokens), beside)
+    assert (beside - before).abs().max() > 0.1

@@ -49,6 +49,8 @@ class Narrow:
     """Seeds of the planted changes, each a world, tokens and a crosscoder of its own."""
     num_tokens: int = 1_200_000
     """Training tokens of each planted change."""
+    organisms: tuple[Literal["domain", "trigger", "habit"], ...] = ("domain", "trigger", "habit")
+    """Fine-tunes to make and compare."""
     organism_seeds: int = 2
     """Seeds of the crosscoders of each organism."""
     organism_tokens: int = 60_000
@@ -106,7 +108,7 @@ def organism_rows(config: Narrow) -> list[Row]:
     from experiments.narrow import real  # needs torch, which planted changes do not
 
     rows = []
-    for organism in ORGANISMS:
+    for organism in (known for known in ORGANISMS if known.name in config.organisms):
         store = real.write_store(organism, config.output, config.organism_tokens)
         is_changed = real.changed_tokens(organism, store, config.output / "models" / organism.name)
         change = f"{organism.name} ({is_changed.mean():.0%} of tokens)"

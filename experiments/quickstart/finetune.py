@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crosscoder_jax.typing import Progress
@@ -148,12 +147,8 @@ def _fine_tune(
         for name, module in block.named_modules()
         if name.split(".")[-1] in _TRAINED
     ]
-    if config.rank is not None:
-        for module in modules:
-            parametrize.register_parametrization(module, "weight", _LowRank(module.weight, config.rank))
-        weights = [factor for module in modules for factor in module.parametrizations.weight[0].parameters()]
-    else:
-        weights = [module.weight for module in modules]
+    added = [] if config.rank is None else [_LowRank(module, config.rank) for module in modules]
+    weights = [factor for one in added for factor in (one.down, one.up)] or [m.weight for m in modules]
     for weight in weights:
         weight.requires_grad_(True)
     masters = [torch.nn.Parameter(weight.detach().float()) for weight in weights]
@@ -168,23 +163,28 @@ def _fine_tune(
         schedule.step()
         if progress is not None:
             progress(step, len(batches), "steps")
-    if config.rank is not None:
-        for module in modules:
-            parametrize.remove_parametrizations(module, "weight")
+    for one in added:
+        one.merge()
     model.eval()
 
 
-class _LowRank(torch.nn.Module):
-    """A weight matrix with a product of two thin ones added, of which one begins at zero (LoRA)."""
+class _LowRank:
+    """A product of two thin matrices, one of them zero at first, added to what a linear layer does (LoRA)."""
 
-    def __init__(self, weight: torch.Tensor, rank: int):
-        super().__init__()
-        rows, columns = weight.shape
-        self.down = torch.nn.Parameter(torch.randn(rank, columns, dtype=weight.dtype) / columns**0.5)
-        self.up = torch.nn.Parameter(torch.zeros(rows, rank, dtype=weight.dtype))
+    def __init__(self, layer: torch.nn.Linear, rank: int):
+        rows, columns = layer.weight.shape
+        self.down = torch.randn(rank, columns, dtype=layer.weight.dtype) / columns**0.5
+        self.up = torch.zeros(rows, rank, dtype=layer.weight.dtype)
+        self._weight, self._hook = layer.weight, layer.register_forward_hook(self._add)
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.up @ self.down
+    def merge(self) -> None:
+        """Add the product to the layer's weight and take it off its way."""
+        self._hook.remove()
+        with torch.no_grad():
+            self._weight += self.up @ self.down
+
+    def _add(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output + F.linear(F.linear(inputs[0], self.down), self.up)
 
 
 def _loss(model: Any, before: Any | None, batch: _Windows) -> torch.Tensor:
