@@ -94,13 +94,13 @@ def from_first(make: Callable[[], bytes]) -> bytes:
     return received
 
 
-def to_host(values: Array) -> Shaped[np.ndarray, "..."]:
+def to_host(values: np.ndarray | Array) -> Shaped[np.ndarray, "..."]:
     """Return an array on the host, whole.
 
     Where it is spread over several processes all of them must call this; it is handed on shard by shard, so
     that no device holds more than one besides its own.
     """
-    if values.is_fully_addressable or values.is_fully_replicated:
+    if isinstance(values, np.ndarray) or values.is_fully_addressable or values.is_fully_replicated:
         return np.array(values)
     whole = np.empty(values.shape, values.dtype)
     owners = {}

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -55,8 +56,9 @@ class Together:
 
     def wait(self, timeout):
         """The exit codes, once all have ended; those that do not in time fail the test."""
+        deadline = time.monotonic() + timeout
         try:
-            return [process.wait(timeout) for process in self.processes]
+            return [process.wait(max(deadline - time.monotonic(), 0)) for process in self.processes]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s\n{self.output()}") from None
 
