@@ -212,7 +212,7 @@ def _rate(step: int, config: FineTuneConfig) -> float:
 
 
 def _step(
-    weights: list[torch.nn.Parameter], masters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    weights: list[torch.Tensor], masters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
     """Update the float32 weights from the bfloat16 gradients and copy them back."""
     for weight, master in zip(weights, masters, strict=True):
