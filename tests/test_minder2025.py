@@ -1,0 +1,83 @@
+"""The published runs: their numbers, what they need, and the whole way on tiny models."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import crosscoder_jax as cc
+from crosscoder_jax.commands import Train
+from experiments.minder2025.pairs import HARDWARE, PAIRS, harvest_command, train_command
+from experiments.minder2025.sizes import hours, plan_config, row, store_bytes
+from experiments.minder2025.smoke import small_harvest, small_train
+
+GEMMA = PAIRS["gemma-2-2b"]
+H200 = HARDWARE["h200"]
+
+
+def test_the_recipe_is_the_published_one():
+    train = train_command(GEMMA, Path("run"), H200)
+    assert (train.num_latents, train.num_steps) == (73_728, 97_656)
+    recipe = train.recipe(cc.Sources((cc.Source("base", 2304), cc.Source("chat", 2304))))
+    assert recipe.crosscoder.sparsity == cc.BatchTopK(100.0)
+    assert (recipe.learning_rate, recipe.warmup_steps, recipe.batch_size) == (1e-4, 1000, 2048)
+    assert (recipe.decoder_norm, recipe.clip_norm, recipe.loss) == (1.0, 1.0, cc.ErrorNorm())
+    assert recipe.aux_k == cc.AuxK(1 / 32, dead_after_tokens=10_000_000)
+    assert (recipe.is_centred, recipe.scaling) == (False, None)
+    harvest = harvest_command(GEMMA, Path("run"))
+    assert harvest.layers == (13,)
+    # What is left to train on after 2 % are held out.
+    assert harvest.max_tokens * 0.98 == pytest.approx(100e6)
+    # 102M tokens of 2 x 2304 numbers of two bytes.
+    assert store_bytes(GEMMA) == pytest.approx(0.94e12, rel=1e-3)
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=lambda pair: pair.name)
+@pytest.mark.parametrize("hardware", HARDWARE.values(), ids=lambda hardware: hardware.name)
+def test_every_run_spreads_over_its_chips(pair, hardware):
+    planned = plan_config(pair, hardware)
+    assert planned.topology.num_chips == hardware.data_shards * hardware.latent_shards
+    assert planned.recipe().crosscoder.num_latents == train_command(pair, Path("run"), hardware).num_latents
+
+
+def test_a_line_of_the_table_is_what_shapes_say():
+    cells = row(GEMMA, H200)
+    # Weights and two moments of float32: 3 * 4 * (2 * 4608 * 73728 + ...) bytes are 7.6 GiB.
+    assert cells[:4] == ("gemma-2-2b", "h200", "0.94", "7.6")
+    assert "does not fit" not in cells[4]
+    assert cells[6] == "-"  # no compiler for GPUs
+
+
+def test_hours_are_those_of_all_steps():
+    from crosscoder_jax.planning import make_plan
+
+    (mesh,) = make_plan(plan_config(GEMMA, H200)).meshes
+    assert hours(dataclasses.replace(mesh, xla_seconds=0.1)) == "2.7"  # 97,656 * 0.1 s / 3600
+
+
+def test_the_smoke_changes_sizes_and_nothing_else(tmp_path):
+    """What is exercised is the recipe: only what makes it long differs."""
+    train = train_command(GEMMA, tmp_path, H200)
+    small = small_train(train)
+    changed = {f.name for f in dataclasses.fields(Train) if getattr(small, f.name) != getattr(train, f.name)}
+    assert changed == {
+        *("num_latents", "k", "num_steps", "batch_size", "warmup_steps", "learning_rate", "held_out"),
+        "dead_after_tokens",
+    }
+    harvest = harvest_command(GEMMA, tmp_path)
+    small = small_harvest(harvest, tmp_path / "texts")
+    changed = {
+        f.name for f in dataclasses.fields(harvest) if getattr(small, f.name) != getattr(harvest, f.name)
+    }
+    assert changed == {"texts", "max_tokens", "context", "model_dtype"}
+
+
+@pytest.mark.parametrize("name", ["gemma-2-2b", "llama-3.2-1b"])
+def test_the_whole_way_on_tiny_models_of_the_same_architecture(name, tmp_path):
+    pytest.importorskip("torch", reason="models are run in torch: install the extra 'lm'")
+    from experiments.minder2025.__main__ import Minder2025, run
+
+    report = run(Minder2025(pair=name, on="cpu", smoke=True, output=tmp_path))
+    page = report.read_text()
+    assert f"blocks.{PAIRS[name].layer}.resid_post" in page
+    assert PAIRS[name].family in (tmp_path / "smoke/models" / name / "base" / "config.json").read_text()
