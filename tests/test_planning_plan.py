@@ -142,7 +142,7 @@ def test_a_refusal_of_the_compiler_is_an_answer(compiler):
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.53G of 15.75G hbm. Exceeded."
     compiler(lambda mesh: {"mesh": list(mesh), "hosts": 1, "refusal": said})
     made = make_plan(CONFIG)
-    assert {(mesh.is_fitting, mesh.reason) for mesh in made.meshes} == {(False, "Used 20.53G of 15.75G hbm")}
+    assert {(mesh.is_fitting, mesh.reason) for mesh in made.meshes} == {(False, "20.53G used, 15.75G there")}
     assert made.cheapest is None
 
 

@@ -49,11 +49,10 @@ def test_no_array_of_latents_is_gathered(programs):
 
 
 def test_the_update_stays_in_the_layout_of_the_weights(programs):
-    """Weights, moments and gradients are row by row; were the update not, all of them would be copied."""
+    """Were it not for the layout of the gradients, weights and moments would all be copied there and back."""
     shard = LATENTS // 2
-    other_layout = rf"f32\[(?:{shard},{WIDTH}|{WIDTH},{shard})\]\{{0,1"
-    assert re.search(other_layout.replace("0,1", "1,0"), programs[2, 2])
-    assert not re.search(other_layout, programs[2, 2])
+    assert f"f32[{WIDTH},{shard}]{{1,0" in programs[2, 2]
+    assert not re.findall(rf"f32\[(?:{shard},{WIDTH}|{WIDTH},{shard})\]\S* copy\(", programs[2, 2])
 
 
 def test_what_does_not_fit_is_told_by_the_compiler():
@@ -61,7 +60,7 @@ def test_what_does_not_fit_is_told_by_the_compiler():
     large = dataclasses.replace(CONFIG, num_latents=2**18, batch_size=2**13, meshes=((1, 1),))
     made = make_plan(large)
     assert not made.meshes[0].is_fitting
-    assert re.fullmatch(r"Used [\d.]+G of 15\.\d+G hbm", made.meshes[0].reason)
+    assert re.fullmatch(r"temporaries of [\d.]+G, 15\.\d+G there", made.meshes[0].reason)
     assert made.cheapest is None
 
 

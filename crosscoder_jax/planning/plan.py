@@ -198,7 +198,7 @@ def _from_shapes(config: PlanConfig, split: tuple[int, int], state: StateBytes, 
 def _from_compiler(config: PlanConfig, shapes: MeshPlan, facts: Mapping[str, Any], memory: int) -> MeshPlan:
     shapes = dataclasses.replace(shapes, basis="compiled", hosts=facts["hosts"])
     if "refusal" in facts:
-        return dataclasses.replace(shapes, is_fitting=False, reason=_first_sentence(facts["refusal"]))
+        return dataclasses.replace(shapes, is_fitting=False, reason=_lacking(facts["refusal"]))
     sizes = dataclasses.replace(
         shapes.bytes_per_chip,
         batch=facts["arguments"] - shapes.bytes_per_chip.weights - shapes.bytes_per_chip.moments,
@@ -241,15 +241,20 @@ def _without_unknown(seconds: float | None, num_unknown: int, least: float) -> f
     return next((candidate for candidate in candidates if candidate >= least), None)
 
 
-def _first_sentence(refusal: str) -> str:
-    """Return the sentence of a refusal that has the numbers.
+def _lacking(refusal: str) -> str:
+    """Return the numbers of a compiler's refusal.
 
     Examples:
-        >>> _first_sentence("RESOURCE_EXHAUSTED: Ran out of memory in hbm. Used 20.5G of 15.7G hbm. Exceeded")
-        'Used 20.5G of 15.7G hbm'
+        >>> _lacking("Ran out of memory on HBM, temporaries (23.02G) exceeds available HBM (15.75G).")
+        'temporaries of 23.02G, 15.75G there'
+        >>> _lacking("Ran out of memory in memory space hbm. Used 20.5G of 15.7G hbm. Exceeded")
+        '20.5G used, 15.7G there'
     """
-    found = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", refusal)
-    return found[0] if found else " ".join(refusal.split())[:200]
+    if found := re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", refusal):
+        return f"temporaries of {found[1]}, {found[2]} there"
+    if found := re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", refusal):
+        return f"{found[1]} used, {found[2]} there"
+    return " ".join(refusal.split())[:200]
 
 
 def _with_times(
