@@ -353,6 +353,11 @@ class Crosscoder(nnx.Module):
         """Return the reconstruction of raw activations from their inference code."""
         return self.decode(self.encode(acts))
 
+    def held(self) -> "Crosscoder":
+        """Return the same crosscoder held still: no gradient reaches its parameters."""
+        graphdef, state = nnx.split(self)
+        return nnx.merge(graphdef, jax.tree.map(lax.stop_gradient, state))
+
     def raw_decoder(self) -> tuple[DecoderWeights, PerWidth]:
         """Return decoder and bias in raw activation units: ``decode(f) = f @ w_dec + b_dec``."""
         scale = self.config.sources.per_source(self.scale[...])

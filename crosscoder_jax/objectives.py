@@ -6,7 +6,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
@@ -243,9 +242,8 @@ def gate_loss(crosscoder: Crosscoder, pre_acts: Latents, normalized: Acts, loss:
     References:
         Rajamanoharan et al. 2024, arXiv 2404.16014, equation 8.
     """
-    graphdef, state = nnx.split(crosscoder)
-    held = nnx.merge(graphdef, jax.tree.map(lax.stop_gradient, state))
-    return loss(normalized - held.decode_normalized(jax.nn.relu(pre_acts)), crosscoder.config.sources)
+    recon = crosscoder.held().decode_normalized(jax.nn.relu(pre_acts))
+    return loss(normalized - recon, crosscoder.config.sources)
 
 
 @dataclasses.dataclass(frozen=True)
