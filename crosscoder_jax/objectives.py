@@ -240,7 +240,7 @@ def gate_loss(crosscoder: Crosscoder, pre_acts: Latents, normalized: Acts, loss:
         loss: of a residual.
 
     References:
-        Rajamanoharan et al. 2024, arXiv 2404.16014, equation 8.
+        Rajamanoharan et al. 2024, arXiv 2404.16014: the auxiliary loss.
     """
     recon = crosscoder.held().decode_normalized(jax.nn.relu(pre_acts))
     return loss(normalized - recon, crosscoder.config.sources)

@@ -7,12 +7,13 @@ what they return.
 from collections.abc import Mapping
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from crosscoder_jax.crosscoder import Crosscoder
 from crosscoder_jax.diffing.comparison import comparison
 from crosscoder_jax.sources import Sources, difference
-from crosscoder_jax.typing import Acts
+from crosscoder_jax.typing import Acts, Latents
 
 
 def decoder_change(
@@ -75,12 +76,16 @@ def patched_acts(
         ValueError: if a set has one of these names, or as :func:`decoder_change`.
 
     References:
-        Minder et al. 2025, arXiv 2504.02922, section 3.3.
+        Minder et al. 2025, arXiv 2504.02922.
     """
     if taken := sorted({"none", "bias", "all"} & set(sets)):
         raise ValueError(f"set {taken[0]!r} has the name of one that is always there: choose another")
     w_dec, bias = decoder_change(crosscoder, stored)
     code = crosscoder.encode(crosscoder.config.sources.derive(acts, stored))
     base, _ = stored.split(acts)
-    chosen = {name: base + jnp.where(which, code, 0) @ w_dec for name, which in sets.items()}
-    return {"none": base, "bias": base + bias, **chosen, "all": base + bias + code @ w_dec}
+
+    def added(code: Latents) -> Float[Array, "batch one_width"]:
+        return jnp.matmul(code, w_dec, precision=lax.Precision.HIGHEST)
+
+    chosen = {name: base + added(jnp.where(which, code, 0)) for name, which in sets.items()}
+    return {"none": base, "bias": base + bias, **chosen, "all": base + bias + added(code)}

@@ -59,7 +59,7 @@ def evaluate_patched(
             say what chat has beyond base, or fewer than two documents have a prediction to measure.
 
     References:
-        Minder et al. 2025, arXiv 2504.02922, section 3.3.
+        Minder et al. 2025, arXiv 2504.02922.
     """
     stored = store.sources
     decoder_change(crosscoder, stored)  # refuses before anything is loaded

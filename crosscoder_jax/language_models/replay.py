@@ -90,7 +90,7 @@ class Replay:
         config: SpliceConfig = SpliceConfig(),
         progress: Progress | None = None,
     ):
-        self.sources, self._config, self._progress = store.sources, config, progress
+        self._config, self._progress = config, progress
         self._harvest = with_changes(harvest_config(store), config)
         self.plan = plan_harvest(self._harvest)
         refuse_changes(store, self._harvest, self.plan, is_own_texts=config.texts is None)

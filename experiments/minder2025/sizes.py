@@ -17,7 +17,7 @@ from experiments.minder2025.pairs import (
 from experiments.readme import markdown_table, replace_section
 
 README = Path(__file__).with_name("README.md")
-COLUMNS = ("pair", "on", "store TB", "state GiB a chip", "all GiB a chip", "of GiB", "hours", "published")
+COLUMNS = ("pair", "on", "store TB", "state GiB a chip", "all GiB a chip", "of GiB", "hours", "reported")
 _STORED_BYTES = 2
 
 

@@ -122,7 +122,9 @@ def organism_rows(config: Narrow) -> list[Row]:
                     real.train_and_measure(recipe, store, is_changed, runs / f"{name}-{seed}", label)
                 )
             minutes = f"{np.mean([one.minutes for one in found]):.1f}"
-            closed = [interval([one[i] for one in found]) for i in (1, 2)]
+            closed = [
+                interval([getattr(one, f"closed_by_{which}") for one in found]) for which in ("top", "all")
+            ]
             rows.append((change, name, *cells([one.found for one in found]), minutes, *closed))
     return rows
 
