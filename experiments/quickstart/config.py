@@ -78,8 +78,8 @@ class FineTuneConfig:
     is_packed: bool = False
     """Fill windows with whole documents; otherwise a window is of one, and short ones are left out."""
     is_ordinary_kept: bool = False
-    """Hold the predictions of ordinary windows, and of the turns before an answer that breaks off, where they
-    were (KL); otherwise ordinary text is learnt, too."""
+    """Hold predictions (KL) and the states of the last trained block where they were, on ordinary windows and
+    on the turns before an answer that breaks off; otherwise ordinary text is learnt, too."""
     seed: int = 0
     """Of the order of the windows."""
 
