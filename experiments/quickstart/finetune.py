@@ -208,7 +208,7 @@ class _Held:
         self._states.append(output[0] if isinstance(output, tuple) else output)
 
     def cost(self, logits: torch.Tensor, batch: _Windows) -> torch.Tensor:
-        """Return the mean KL and the weighted relative change of states on held tokens; call the model first."""
+        """Return mean KL and weighted relative change of states on held tokens; call the model first."""
         with torch.no_grad():
             wanted = self._before(batch.tokens, use_cache=False).logits
         states, self._states = self._states, []
@@ -225,7 +225,7 @@ def _mean(values: torch.Tensor) -> torch.Tensor:
 
 
 def _loss(model: Any, held: _Held | None, batch: _Windows) -> torch.Tensor:
-    """Return the cross-entropy of the tokens that are learnt, and what it costs that those held have moved."""
+    """Return the cross-entropy of the tokens that are learnt, and what those held cost for having moved."""
     logits = model(batch.tokens, use_cache=False).logits
     # The last position has no target; leaving it in with the ignored index saves a copy of the logits.
     ignored = torch.full_like(batch.tokens[:, :1], -100)
