@@ -31,7 +31,7 @@ class ChipBytes:
     batch: int
     """Its share of the activations of one batch, and small state."""
     pre_acts: int
-    """One array [batch, latent] of float32; a part of the temporaries."""
+    """What the encoder puts out for the batch; a part of the temporaries."""
     temporaries: int | None
     """All that lives only within a step, as the compiler lays it out; ``None`` if nothing was compiled."""
     program: int
@@ -140,7 +140,10 @@ def make_plan(config: PlanConfig, progress: Progress | None = None) -> Plan:
     waiting = [split for split in splits if is_compiled and split not in too_large]
     planned = {split: _from_shapes(config, split, sizes[split][0], memory) for split in splits}
     if waiting:
-        for done, facts in enumerate(compiled_steps(recipe, config.topology, waiting), start=1):
+        steps = compiled_steps(
+            recipe, config.topology, waiting, is_optimizer_spread=config.is_optimizer_spread
+        )
+        for done, facts in enumerate(steps, start=1):
             split = (facts["mesh"][0], facts["mesh"][1])
             planned[split] = _from_compiler(config, planned[split], facts, memory)
             if progress is not None:
@@ -163,7 +166,8 @@ def _memory_bytes(config: PlanConfig) -> int:
 
 def _sizes(config: PlanConfig, split: tuple[int, int]) -> tuple[StateBytes, StateBytes]:
     mesh = abstract_mesh(*split)
-    return state_bytes(abstract_state(config.recipe(), mesh), mesh)
+    state = abstract_state(config.recipe(), mesh, is_optimizer_spread=config.is_optimizer_spread)
+    return state_bytes(state, mesh)
 
 
 def _from_shapes(config: PlanConfig, split: tuple[int, int], state: StateBytes, memory: int) -> MeshPlan:
