@@ -149,7 +149,8 @@ class Train:
     first_moment: Literal["full", "bfloat16"] = "full"
     """What Adam's first moment is kept in, bfloat16 for a quarter less of both."""
     second_moment: Literal["full", "factored"] = "full"
-    """Adam's second moment of every weight, or only its means over the latents and over the coordinates, for half of both."""
+    """Adam's second moment of every weight, or only its means over the latents and over the coordinates, for
+    half of both."""
     micro_batches: int = 1
     """Parts of a batch that are decoded one after the other in less memory; changes nothing else: what
     is kept is decided over the whole batch."""
@@ -391,7 +392,7 @@ class Plan:
     first_moment: Literal["full", "bfloat16"] = "full"
     """What Adam's first moment is kept in, as for train."""
     second_moment: Literal["full", "factored"] = "full"
-    """Adam's second moment of every weight, or only its means over the latents and over the coordinates, as for train."""
+    """Adam's second moment, as for train."""
     micro_batches: int = 1
     """Parts of a batch that are decoded one after the other in less memory, as for train."""
     pre_acts: Literal["full", "bfloat16"] = "full"

@@ -73,7 +73,8 @@ class MeshPlan:
     ``None`` where it is below what the chips' peak allows."""
     left_out_seconds: float = 0.0
     """What that estimate leaves out: the passes of float32 products but the first, and those of the
-    selection's search. From shapes, at peak speed."""
+    selection's search, from shapes, at peak speed; and of loops that count all passes but the first, by the
+    cycles that they take."""
     cycle_seconds: float | None = None
     """Another: the cycles the TPU compiler estimates for each operation, with the selection's passes, and
     collectives at the full speed of the links. Not a measurement."""
@@ -222,7 +223,7 @@ def _from_compiler(config: PlanConfig, shapes: MeshPlan, facts: Mapping[str, Any
     seconds = _without_unknown(
         facts["optimal_seconds"], program.num_custom_calls, _least_seconds(config, measured)
     )
-    return _with_times(config, measured, seconds, program.cycles(PARTS))
+    return _with_times(config, measured, seconds, program)
 
 
 def _least_seconds(config: PlanConfig, mesh: MeshPlan) -> float:
@@ -261,9 +262,8 @@ def _lacking(refusal: str) -> str:
     return " ".join(refusal.split())[:200]
 
 
-def _with_times(
-    config: PlanConfig, mesh: MeshPlan, xla_seconds: float | None, cycles: Mapping[str, int]
-) -> MeshPlan:
+def _with_times(config: PlanConfig, mesh: MeshPlan, xla_seconds: float | None, program: Program) -> MeshPlan:
+    cycles = program.cycles(PARTS)
     chip, total = config.topology.chip, sum(cycles.values())
     if chip is None or chip.clock_hz is None:
         return mesh
@@ -272,7 +272,7 @@ def _with_times(
     mesh = dataclasses.replace(
         mesh,
         xla_seconds=xla_seconds,
-        left_out_seconds=_left_out_seconds(config, mesh, chip),
+        left_out_seconds=_left_out_seconds(config, mesh, chip) + _repeated_seconds(xla_seconds, program),
         cycle_seconds=total / chip.clock_hz + linked if total else None,
         cycle_shares={part: part_cycles / total for part, part_cycles in cycles.items()},
     )
@@ -303,11 +303,15 @@ def _left_out_seconds(config: PlanConfig, mesh: MeshPlan, chip: Chip) -> float:
     return flops / (chip.peak_flops * mesh.chips) + searched / chip.memory_bytes_per_s
 
 
+def _repeated_seconds(xla_seconds: float | None, program: Program) -> float:
+    return 0.0 if xla_seconds is None else xla_seconds * (program.repetition - 1)
+
+
 def _link_seconds(collectives: Sequence[Collective], bytes_per_s: float) -> float:
     """Return how long the collectives take at the full speed of the links, as rings send them."""
     rounds = {"all-reduce": 2, "collective-permute": 1}
     sent = sum(
-        rounds.get(one.kind, 1) * one.num_bytes * (one.group_size - 1) / max(one.group_size, 1)
+        rounds.get(one.kind, 1) * one.passes * one.num_bytes * (one.group_size - 1) / max(one.group_size, 1)
         for one in collectives
     )
     return sent / bytes_per_s

@@ -42,9 +42,6 @@ class Adam:
                 raise ValueError(f"{name}={getattr(self, name)} of Adam must lie in [0, 1)")
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps={self.eps} of Adam must be positive and finite")
-        for name, known in (("first_moment", ("full", "bfloat16")), ("second_moment", ("full", "factored"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} of Adam must be one of {known}")
 
     def transformation(self) -> optax.GradientTransformation:
         """Return the scaling of gradients, without the rate.

@@ -72,7 +72,8 @@ class TrainConfig:
     """A saved crosscoder to begin with; ``None`` begins with random directions."""
     micro_batches: int = 1
     """Parts of a batch that are decoded one after the other, of BatchTopK alone: less memory for codes and
-    their gradients, the same step. What is kept is decided over the whole batch, and AuxK decodes it twice."""
+    their gradients, and the same step, since what is kept is decided over the whole batch. AuxK then decodes
+    it once more."""
     pre_acts: Literal["full", "bfloat16"] = "full"
     """What the encoder's output is kept in while training: the weights' dtype, or bfloat16 for half of that,
     in which scores of a latent closer than a 256th are one."""
@@ -164,8 +165,8 @@ class TrainConfig:
             )
         if self.micro_batches > 1 and not isinstance(self.crosscoder.sparsity, BatchTopK):
             raise ValueError(
-                f"micro_batches={self.micro_batches} with sparsity={self.crosscoder.sparsity}: only BatchTopK "
-                "can be trained in parts: take smaller batches, or one part"
+                f"micro_batches={self.micro_batches} with sparsity={self.crosscoder.sparsity}: only a batch "
+                "of BatchTopK can be taken in parts: take smaller batches, or one part"
             )
 
     @property

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax import lax
+from jax import P, lax
 from jaxtyping import Array, Bool, Int
 
 from crosscoder_jax.crosscoder import Crosscoder
@@ -96,7 +97,8 @@ def _gradients_by_parts(
         code = crosscoder.inference_code(pre_acts, threshold=below)
         sums, parts = _losses(crosscoder, normalized, pre_acts, code, batch, config)
         parts = {name: loss / number for name, loss in parts.items()}
-        return jax.tree.reduce(jnp.add, parts), lax.stop_gradient((sums, parts))
+        plain = sums.tokens, sums.total, sums.energy, sums.error
+        return jax.tree.reduce(jnp.add, parts), lax.stop_gradient((plain, parts))
 
     def of_part(index: Array) -> tuple[nnx.State, _PartSums]:
         acts = _part(normalized, index, number)
@@ -109,21 +111,32 @@ def _gradients_by_parts(
         (of_encoder,) = jax.vjp(encode, state.params)[1](of_pre_acts)
         return jax.tree.map(jnp.add, grads, of_encoder), sums
 
-    def add(index: Array, total: tuple[nnx.State, _PartSums]) -> tuple[nnx.State, _PartSums]:
-        return jax.tree.map(jnp.add, total, of_part(index))
+    def add(grads: nnx.State, index: Array) -> tuple[nnx.State, _PartSums]:
+        more, sums = of_part(index)
+        return jax.tree.map(jnp.add, grads, more), sums
 
-    grads, (sums, parts) = lax.fori_loop(1, number, add, of_part(jnp.int32(0)))
-    forward = Forward(sums, l0(sparse.code), sparse.smallest_score, since_fired, parts)
+    nothing = jax.tree.map(jnp.zeros_like, state.params)
+    grads, of_parts = lax.scan(add, nothing, jnp.arange(number))
+    sums, parts = jax.tree.map(lambda of_part: jnp.sum(of_part, axis=0), of_parts)
+    forward = Forward(ReconstructionSums(*sums), l0(sparse.code), sparse.smallest_score, since_fired, parts)
     return jax.tree.reduce(jnp.add, parts), forward, grads
 
 
-_PartSums = tuple[ReconstructionSums, dict[str, Scalar]]
+_PartSums = tuple[tuple[Array | np.ndarray | np.floating, ...], dict[str, Scalar]]
 
 
 def _part(values: Array, index: Array, number: int) -> Array:
-    """Return every ``number``-th row from ``index`` on: as many of each shard."""
-    rows = values.reshape(len(values) // number, number, *values.shape[1:])
-    return lax.dynamic_index_in_dim(rows, index, axis=1, keepdims=False)
+    """Return one of ``number`` parts of the rows: as many of each shard, neighbours in its memory."""
+    sharding, rest, num_rows = jax.typeof(values).sharding, values.shape[1:], len(values) // number
+    if sharding.mesh.empty:
+        return lax.dynamic_slice_in_dim(values, index * num_rows, num_rows)
+    axis, *others = sharding.spec
+    shards = 1 if axis is None else sharding.mesh.shape[axis]
+    parts = values.reshape(
+        shards, number, num_rows // shards, *rest, out_sharding=P(axis, None, None, *others)
+    )
+    part = lax.dynamic_index_in_dim(parts, index, axis=1, keepdims=False)
+    return part.reshape(num_rows, *rest, out_sharding=sharding.spec)
 
 
 def _pre_acts(crosscoder: Crosscoder, normalized: Acts, config: TrainConfig) -> Latents:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -105,7 +106,7 @@ def as_moments(grads: optax.Updates, opt_state: optax.OptState) -> optax.Updates
     return jax.tree.map(_laid_out_as, grads, cast(tuple[Any, ...], opt_state)[1].mu)
 
 
-def add_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
+def add_updates(params: nnx.State, updates: optax.Updates) -> nnx.State:
     """Return parameters, laid out as they are, with updates added."""
     return jax.tree.map(lambda param, update: param + _laid_out_as(update, param), params, updates)
 

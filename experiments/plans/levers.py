@@ -28,12 +28,12 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """Plan the million latents and the ten million, on one mesh each and as if latents were dead."""
-    million, ten_million = SIZES[5], SIZES[7]
-    for size, mesh in ((million, (8, 32)), (ten_million, (1, 256))):
-        for name in LEVERS:
-            if mesh[0] > 1 or name != "optimizer spread over the data":
-                yield _row(size, name, mesh)
+    """Plan a published size with each, and ten million latents with none and with all, as if some were dead."""
+    published, ten_million = SIZES[1], SIZES[7]
+    for name in LEVERS:
+        yield _row(published, name, (2, 4))
+    for name in ("none", "all of them"):
+        yield _row(ten_million, name, (1, 256))
 
 
 def _row(size: Size, name: str, mesh: tuple[int, int]) -> tuple[str, ...]:
