@@ -22,7 +22,7 @@ FITTING = MeshPlan(
     collectives=(
         Collective("all-reduce", 3_000_000, "f32[8]", ("data",), 1, 2),
         Collective("all-reduce", 2_000_000, "f32[8]", ("latent",), 1, 2),
-        Collective("all-reduce", 500_000, "f32[8]", ("data", "latent"), True, 4),
+        Collective("all-reduce", 500_000, "f32[8]", ("data", "latent"), 1, 4),
     ),
     flops=5e12,
     model_flops=4e12,

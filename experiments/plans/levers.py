@@ -28,7 +28,7 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """Plan a published size with each, and ten million latents with none and with all, as if some were dead."""
+    """Plan a published size with each, ten million latents with none and with all, and dead ones."""
     published, ten_million = SIZES[1], SIZES[7]
     for name in LEVERS:
         yield _row(published, name, (2, 4))
