@@ -44,6 +44,7 @@ from crosscoder_jax.sparsity import ReLU as ReLU
 from crosscoder_jax.sparsity import SumOfNorms as SumOfNorms
 from crosscoder_jax.sparsity import TopK as TopK
 from crosscoder_jax.sparsity import Unweighted as Unweighted
+from crosscoder_jax.training.adam import Adam as Adam
 from crosscoder_jax.training.config import TrainConfig as TrainConfig
 from crosscoder_jax.training.laws import CorrectedThreshold as CorrectedThreshold
 from crosscoder_jax.training.laws import DelayedThreshold as DelayedThreshold

@@ -150,6 +150,7 @@ def _train(config: Train) -> None:
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
         step_timeout=config.step_timeout,
+        is_optimizer_spread=config.is_optimizer_spread,
         null=config.null_data(),
     )
     # Refuses a share that holds nothing out, while nothing is trained yet.

@@ -28,6 +28,7 @@ from crosscoder_jax.planning import PlanConfig, Topology
 from crosscoder_jax.report import ReportConfig
 from crosscoder_jax.sources import Sources, difference
 from crosscoder_jax.sparsity import BatchTopK, Gated, JumpReLU, ReLU, Sparsity, TopK
+from crosscoder_jax.training.adam import Adam
 from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.laws import MeanNorm, WarmStart
 
@@ -145,6 +146,18 @@ class Train:
     """Devices that share a batch, over all processes."""
     latent_shards: int = 1
     """Devices that share the latents."""
+    first_moment: Literal["full", "bfloat16"] = "full"
+    """What Adam's first moment is kept in, bfloat16 for a quarter less of both."""
+    second_moment: Literal["full", "factored"] = "full"
+    """Adam's second moment of every weight, or only its means over the latents and over the coordinates, for
+    half of both."""
+    micro_batches: int = 1
+    """Parts of a batch that are decoded one after the other in less memory; changes nothing else: what
+    is kept is decided over the whole batch."""
+    pre_acts: Literal["full", "bfloat16"] = "full"
+    """What the encoder's output is kept in: bfloat16 takes half the memory and rounds the scores."""
+    is_optimizer_spread: bool = False
+    """Whether the shards of the data share Adam's moments, too; a step then gathers the updates."""
     distributed: bool = False
     """One of several processes of the run, each given the same command: found by JAX on TPU pods, under Slurm
     and other launchers, or told by the next three or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -189,6 +202,9 @@ class Train:
             ),
             num_steps=self.num_steps,
             batch_size=self.batch_size,
+            optimizer=Adam(first_moment=self.first_moment, second_moment=self.second_moment),
+            micro_batches=self.micro_batches,
+            pre_acts=self.pre_acts,
             learning_rate=self.learning_rate,
             warmup_steps=self.warmup_steps,
             decay_fraction=self.decay_fraction,
@@ -373,6 +389,16 @@ class Plan:
     aux_k_weight: float = AuxK.weight
     """Weight of the loss that revives dead latents; 0 plans without. It is in every estimate as if latents
     were dead."""
+    first_moment: Literal["full", "bfloat16"] = "full"
+    """What Adam's first moment is kept in, as for train."""
+    second_moment: Literal["full", "factored"] = "full"
+    """Adam's second moment, as for train."""
+    micro_batches: int = 1
+    """Parts of a batch that are decoded one after the other in less memory, as for train."""
+    pre_acts: Literal["full", "bfloat16"] = "full"
+    """What the encoder's output is kept in, as for train."""
+    is_optimizer_spread: bool = False
+    """Whether the shards of the data share Adam's moments, as for train."""
     meshes: tuple[str, ...] = ()
     """Splits to try, such as 8x8 4x16, shards of the data x shards of the latents; by default all that use
     every chip."""
@@ -396,6 +422,10 @@ class Plan:
             dtype=self.dtype,
             precision=self.precision,
             aux_k_weight=self.aux_k_weight,
+            optimizer=Adam(first_moment=self.first_moment, second_moment=self.second_moment),
+            micro_batches=self.micro_batches,
+            pre_acts=self.pre_acts,
+            is_optimizer_spread=self.is_optimizer_spread,
             meshes=tuple(_mesh(text) for text in self.meshes),
             stored_dtype=self.stored_dtype,
         )

@@ -291,14 +291,20 @@ class Crosscoder(nnx.Module):
             select = jax.vmap(select, in_axes=(0, of_rule), out_axes=(1, 0))
         return SparseCode(*select(self.score_weights(), rule))
 
-    def inference_code(self, pre_acts: Latents) -> Code:
-        """Return the code at the inference rule from :meth:`pre_acts`."""
+    def inference_code(self, pre_acts: Latents, *, threshold: Threshold | None = None) -> Code:
+        """Return the code at the inference rule from :meth:`pre_acts`.
+
+        Args:
+            pre_acts: in normalised units.
+            threshold: another than the crosscoder's own.
+        """
+        threshold = self.threshold[...] if threshold is None else threshold
         if self.config.layout.budgets:
-            return self._inference_code_by_budget(pre_acts)
+            return self._inference_code_by_budget(pre_acts, threshold)
         select = self.config.sparsity.at_inference
         if self.config.is_decoupled:
             select = jax.vmap(select, in_axes=(None, 0, 0), out_axes=1)
-        return select(pre_acts, self.score_weights(), self._rule(self.threshold[...]))
+        return select(pre_acts, self.score_weights(), self._rule(threshold))
 
     def _rule(self, threshold: Threshold | None) -> Any:
         """Return what the sparsity decides by: what it has learned, or else the one threshold."""
@@ -317,8 +323,8 @@ class Crosscoder(nnx.Module):
         code = functools.reduce(jnp.add, (part.code for part in parts))
         return SparseCode(code, jnp.stack([part.smallest_score for part in parts]))
 
-    def _inference_code_by_budget(self, pre_acts: Latents) -> Code:
-        weights, threshold = self.score_weights(), self.threshold[...]
+    def _inference_code_by_budget(self, pre_acts: Latents, threshold: Threshold) -> Code:
+        weights = self.score_weights()
         codes = (
             rule.at_inference(own, weights, threshold[number])
             for number, (rule, own) in enumerate(self._budgets(pre_acts))

@@ -319,7 +319,13 @@ class AuxK:
             raise ValueError(f"k_aux={self.k_aux} must be positive; leave AuxK out to train without it")
 
     def __call__(
-        self, crosscoder: Crosscoder, pre_acts: Latents, residual: Acts, is_dead: Bool[Array, "latent"]
+        self,
+        crosscoder: Crosscoder,
+        pre_acts: Latents,
+        residual: Acts,
+        is_dead: Bool[Array, "latent"],
+        *,
+        spread: Scalar | None = None,
     ) -> Scalar:
         """Return the weighted loss; zero, and nothing computed, while no latent is dead.
 
@@ -328,6 +334,7 @@ class AuxK:
             pre_acts: encoder outputs of this batch.
             residual: what is left after reconstruction, normalised units; detached here.
             is_dead: the latents that may take part; only they get a gradient.
+            spread: ``mean ||e - mean e||^2``, of more tokens than are given; by default of these.
         """
         k_aux = self.k_aux or max(max(crosscoder.config.sources.widths) // 2, 1)
         residual = lax.stop_gradient(residual)
@@ -336,11 +343,15 @@ class AuxK:
         def revive(pre_acts: Latents) -> Scalar:
             code = _dead_code(crosscoder, pre_acts, is_dead, num_dead, k_aux)
             missed = residual - crosscoder.decode_without_bias(code)
-            spread = jnp.mean(jnp.sum(jnp.square(residual - jnp.mean(residual, axis=0)), axis=-1))
-            loss = jnp.mean(jnp.sum(jnp.square(missed), axis=-1)) / jnp.where(spread > 0, spread, 1.0)
-            return self.weight * jnp.where(spread > 0, loss, 0.0)
+            within = _spread(residual) if spread is None else spread
+            loss = jnp.mean(jnp.sum(jnp.square(missed), axis=-1)) / jnp.where(within > 0, within, 1.0)
+            return self.weight * jnp.where(within > 0, loss, 0.0)
 
         return lax.cond(num_dead > 0, revive, lambda _: jnp.zeros((), residual.dtype), pre_acts)
+
+
+def _spread(residual: Acts) -> Scalar:
+    return jnp.mean(jnp.sum(jnp.square(residual - jnp.mean(residual, axis=0)), axis=-1))
 
 
 def _weighted(values: Acts, sources: Sources, weights: tuple[float, ...] | None) -> Acts:

@@ -141,11 +141,26 @@ class Shardings:
     per_latent_l: P | None = None
     per_group_gl: P | None = None
     replicated: P | None = None
+    moments_wl: P | None = None
+    """Of the optimiser's moments of the encoder; ``None`` where they lie as it does."""
+    moments_lw: P | None = None
+    """The same of the decoder."""
 
     @classmethod
-    def data_latent(cls, data: str = "data", latent: str = "latent") -> "Shardings":
-        """Return the layout of this package on an explicit mesh with these axis names."""
+    def data_latent(
+        cls, data: str = "data", latent: str = "latent", *, is_optimizer_spread: bool = False
+    ) -> "Shardings":
+        """Return the layout of this package on an explicit mesh with these axis names.
+
+        Args:
+            data: axis of the tokens.
+            latent: axis of the latents.
+            is_optimizer_spread: whether the moments of encoder and decoder are spread over the data, too, by
+                their width.
+        """
         return cls(
+            moments_wl=P(data, latent) if is_optimizer_spread else None,
+            moments_lw=P(latent, data) if is_optimizer_spread else None,
             acts_bw=P(data, None),
             code_bl=P(data, latent),
             w_enc_wl=P(None, latent),
@@ -157,9 +172,9 @@ class Shardings:
         )
 
     @classmethod
-    def for_mesh(cls, mesh: Mesh | None) -> "Shardings":
+    def for_mesh(cls, mesh: Mesh | None, *, is_optimizer_spread: bool = False) -> "Shardings":
         """Return the layout for ``mesh``, or no constraints without one."""
-        return cls() if mesh is None else cls.data_latent()
+        return cls() if mesh is None else cls.data_latent(is_optimizer_spread=is_optimizer_spread)
 
 
 def make_mesh(data: int, latent: int) -> Mesh:

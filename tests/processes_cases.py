@@ -8,9 +8,10 @@ import numpy as np
 from training_cases import activations, recipe, write_store
 
 import crosscoder_jax as cc
-from crosscoder_jax.activations import ActivationStore, Split
-from crosscoder_jax.sharding import make_mesh, to_host
+from crosscoder_jax.activations import ActivationStore, Split, TokenView
+from crosscoder_jax.sharding import make_mesh, on_mesh, to_host
 from crosscoder_jax.training import loop
+from crosscoder_jax.training.evaluate import calibrate, evaluate
 from crosscoder_jax.training.loop import RunOptions, fit
 
 CHUNK = 16
@@ -33,7 +34,7 @@ def make_store(place):
 
 
 def train(folder, shape, seen, progress=None, options=OPTIONS):
-    """Train the run; note which latents fired at each step and which files were read."""
+    """Train the run; note which latents fired at each step, which files were read, and what it is."""
     folder = Path(folder)
     store = ActivationStore.open(folder.parent / "store")
     fired, files = [], set()
@@ -67,4 +68,7 @@ def train(folder, shape, seen, progress=None, options=OPTIONS):
             )
         finally:
             seen.update(fired=np.array(fired), files=np.array(sorted(files)))
-    return crosscoder
+    view = TokenView.of_split(store, OPTIONS.split, held_out=True)
+    with on_mesh(mesh):
+        measured = evaluate(calibrate(crosscoder, view, batch_size=BATCH), view, batch_size=BATCH)
+    seen.update({f"measured {name}": value for name, value in measured.items()})

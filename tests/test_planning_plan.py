@@ -31,7 +31,7 @@ def compiler(monkeypatch):
     def play(answers):
         asked = []
 
-        def compiled_steps(recipe, topology, meshes):
+        def compiled_steps(recipe, topology, meshes, *, is_optimizer_spread):
             asked.extend(meshes)
             return iter([answers(mesh) for mesh in meshes])
 

@@ -70,7 +70,40 @@ def test_every_collective_is_found_with_its_bytes_and_axes(program):
 
 
 def test_collectives_in_loops_are_told(program):
-    assert [one.num_bytes for one in program.collectives() if one.is_repeated] == [4]
+    assert [(one.num_bytes, one.passes) for one in program.collectives() if one.passes > 1] == [(4, 9)]
+
+
+COUNTED = """HloModule jit_step
+
+%body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %f = f32[4]{0} fusion(%x), metadata={op_name="jit(step)/while/body/dot_general"}, backend_config={"estimated_cycles":"100"}
+  %r = f32[4]{0} all-reduce(%f), replica_groups={{0,1}}, to_apply=%add
+}
+
+%condition (s: (s32[], f32[4])) -> pred[] {
+  %four = s32[]{:T(128)} constant(4)
+  %s = (s32[]{:T(128)}, f32[4]{0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %four), direction=LT
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %while.1 = (s32[], f32[4]) while(%t), condition=%condition, body=%body
+  ROOT %out = f32[4] fusion(%c), metadata={op_name="jit(step)/update/add"}, backend_config={"estimated_cycles":"50"}
+}
+"""  # noqa: E501 - as XLA for TPU writes it, without "known_trip_count"
+
+
+def test_loops_that_count_are_counted_and_what_one_pass_leaves_out_is_told():
+    program = Program(COUNTED, (2, 1), loop_passes=9)
+    assert program.cycles(["dot_general", "update"]) == {"dot_general": 400, "update": 50}
+    assert [(one.num_bytes, one.passes) for one in program.collectives()] == [(16, 4)]
+    # XLA's own estimate has one pass: 150 cycles in place of 450.
+    assert program.repetition == pytest.approx(3)
+
+
+def test_a_loop_whose_end_depends_on_the_data_is_no_repetition(program):
+    assert program.repetition == pytest.approx(1)
 
 
 def test_cycles_are_summed_by_part_with_the_passes_of_loops_and_the_costlier_branch(program):

@@ -20,9 +20,9 @@ FITTING = MeshPlan(
     bytes_per_chip=ChipBytes(GIB, 2 * GIB, GIB // 2, GIB // 4, 3 * GIB, 0),
     hosts=1,
     collectives=(
-        Collective("all-reduce", 3_000_000, "f32[8]", ("data",), False, 2),
-        Collective("all-reduce", 2_000_000, "f32[8]", ("latent",), False, 2),
-        Collective("all-reduce", 500_000, "f32[8]", ("data", "latent"), True, 4),
+        Collective("all-reduce", 3_000_000, "f32[8]", ("data",), 1, 2),
+        Collective("all-reduce", 2_000_000, "f32[8]", ("latent",), 1, 2),
+        Collective("all-reduce", 500_000, "f32[8]", ("data", "latent"), 1, 4),
     ),
     flops=5e12,
     model_flops=4e12,

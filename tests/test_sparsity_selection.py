@@ -1,6 +1,7 @@
 """The search for the cut, against a sort."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from core_cases import MESHES, assert_only_scalars_are_reduced
 
+import crosscoder_jax as cc
 from crosscoder_jax.sharding import Shardings, make_mesh
 from crosscoder_jax.sparsity import apply_threshold, selection, top_scores_cut, top_scores_per_row
 
@@ -29,7 +31,8 @@ cut_of = jax.jit(top_scores_cut)
 
 @jax.jit
 def search(scores, count, guess):
-    return top_scores_cut(scores, count, guess=guess), selection._search(scores, count, guess).passes
+    found = selection._search(scores, count, guess, lambda scores: scores)
+    return top_scores_cut(scores, count, guess=guess), found.passes
 
 
 def check(scores, count, guess=0.0):
@@ -195,6 +198,31 @@ def test_search_sorts_nothing():
     assert " while(" in hlo
     assert " sort(" not in hlo
     assert "TopK" not in hlo
+
+
+def test_the_cut_of_what_makes_the_scores_is_that_of_the_scores():
+    rng = np.random.default_rng(4)
+    pre_acts = jnp.asarray(rng.normal(size=(16, 64)), jnp.bfloat16)
+    weights = jnp.asarray(rng.uniform(0.5, 2, size=64), jnp.float32)
+
+    def score(pre_acts):
+        return jax.nn.relu(pre_acts).astype(jnp.float32) * weights
+
+    for count in (1, 40, 400, 2000):
+        found = jax.jit(lambda values, c: top_scores_cut(values, c, score=score))(pre_acts, jnp.int32(count))
+        assert found == sorted_cut(np.asarray(score(pre_acts)), count)
+
+
+def test_the_search_reads_what_makes_the_scores_and_keeps_no_scores():
+    """They are made anew in every pass; XLA would make them once, before the loop, in twice the memory."""
+    shapes = jax.ShapeDtypeStruct((256, 4096), jnp.bfloat16), jax.ShapeDtypeStruct((4096,), jnp.float32)
+
+    def select(pre_acts, weights):
+        return cc.BatchTopK(8)(pre_acts, weights).smallest_score
+
+    loops = re.findall(r"= \((.*?)\) while\(", jax.jit(select).lower(*shapes).compile().as_text())
+    assert any("bf16[256,4096]" in carried for carried in loops)
+    assert not any(" f32[256,4096]" in carried for carried in loops)
 
 
 def test_the_search_works_under_vmap():

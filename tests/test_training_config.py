@@ -25,9 +25,6 @@ from crosscoder_jax.training.loop import RunOptions
         ("learning_rate", -1e-3),
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),
-        ("adam_b1", 1.0),
-        ("adam_b2", -0.1),
-        ("adam_eps", 0.0),
         ("decoder_norm", 0.0),
     ],
 )

@@ -7,11 +7,11 @@ import optax
 import pytest
 from training_cases import recipe
 
+from crosscoder_jax.training.adam import Adam
 from crosscoder_jax.training.optimizer import (
     clip_by_global_norm,
     learning_rate_schedule,
     make_optimizer,
-    scale_by_adam,
 )
 
 
@@ -42,7 +42,7 @@ def test_a_decay_longer_than_what_the_warm_up_leaves_is_shortened():
 @pytest.mark.parametrize(("clip_norm", "factor"), [(None, 1.0), (0.5, 0.1), (5.0, 1.0), (100.0, 1.0)])
 def test_the_optimiser_clips_by_the_global_norm_then_applies_adam(clip_norm, factor):
     """The gradients have the global norm 5 = sqrt(3^2 + 4^2): a clip to 0.5 multiplies them by 0.1."""
-    config = recipe(warmup_steps=0, clip_norm=clip_norm, adam_eps=1.0, decay_fraction=0.0)
+    config = recipe(warmup_steps=0, clip_norm=clip_norm, optimizer=Adam(eps=1.0), decay_fraction=0.0)
     gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
     optimizer = make_optimizer(config)
     updates, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
@@ -82,7 +82,7 @@ def updates_of(adam, gradients):
 def test_adam_is_exact_to_the_rounding_of_its_moments(num_steps, decays):
     gradients = np.random.default_rng(0).normal(size=(num_steps, 50)).astype(np.float32)
     expected = adam_by_hand(gradients.astype(np.float64), *decays, 1e-8)
-    found = updates_of(scale_by_adam(*decays, 1e-8), jnp.asarray(gradients))
+    found = updates_of(Adam(*decays).transformation(), jnp.asarray(gradients))
     # Each of the roundings of a moment, 6e-8, counts for about ten steps, and moments may cancel.
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     theirs = updates_of(optax.scale_by_adam(*decays, 1e-8), jnp.asarray(gradients))
@@ -92,7 +92,7 @@ def test_adam_is_exact_to_the_rounding_of_its_moments(num_steps, decays):
 def test_no_bias_correction_is_rounded_to_one_side():
     """Of equal gradients every update is 1, however far Adam has come."""
     for num_steps in (1, 10, 100):
-        found = updates_of(scale_by_adam(0.9, 0.999, 1e-12), jnp.full((num_steps, 1), 0.3))
+        found = updates_of(Adam(eps=1e-12).transformation(), jnp.full((num_steps, 1), 0.3))
         np.testing.assert_allclose(found, 1.0, rtol=1e-6)
 
 
@@ -102,5 +102,5 @@ def test_in_float64_rates_and_updates_are_exact():
         rates = [float(learning_rate_schedule(config)(step)) for step in (3, 50, 97)]
         np.testing.assert_allclose(rates, [1e-2 * 3 / 7, 1e-2, 1e-2 * 23 / 40], rtol=1e-15)
         gradients = np.random.default_rng(0).normal(size=(20, 50))
-        found = updates_of(scale_by_adam(0.9, 0.999, 1e-8), jnp.asarray(gradients))
+        found = updates_of(Adam().transformation(), jnp.asarray(gradients))
     np.testing.assert_allclose(found, adam_by_hand(gradients, 0.9, 0.999, 1e-8), rtol=1e-12)

@@ -105,6 +105,17 @@ def test_several_processes_train_the_run_of_one(place, number, mesh, count):
         np.testing.assert_array_equal(seen(place, name, count, index)["fired"], seen(place, "alone")["fired"])
 
 
+@pytest.mark.parametrize(("number", "mesh", "count"), RUNS)
+def test_several_processes_calibrate_and_measure_as_one(place, number, mesh, count):
+    expected = {name: value for name, value in seen(place, "alone").items() if name.startswith("measured ")}
+    assert len(expected) > 5
+    for index in range(count):
+        ours = seen(place, f"{number} {mesh}", count, index)
+        for name, value in expected.items():
+            # The threshold, which is float32, lies between two scores.
+            np.testing.assert_allclose(ours[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
 def test_a_run_handed_from_one_process_to_two_to_four_to_one_is_the_run_of_one(place):
     assert_is_the_run(place, "handed")
 

@@ -37,9 +37,7 @@ RECIPES = {
         warmup_steps=1,
         sparsity=cc.BatchTopK(k=1.7),
         clip_norm=1e-3,
-        adam_b1=0.5,
-        adam_b2=0.9,
-        adam_eps=1e-6,
+        optimizer=cc.Adam(b1=0.5, b2=0.9, eps=1e-6),
         aux_k=None,
     ),
     "L1": recipe(

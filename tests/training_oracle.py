@@ -121,9 +121,9 @@ class Oracle:
         rate, self.t = self.rate(), self.t + 1
         for name, raw in gradients.items():
             g = raw * factor
-            self.m[name] = config.adam_b1 * self.m[name] + (1 - config.adam_b1) * g
-            self.v[name] = config.adam_b2 * self.v[name] + (1 - config.adam_b2) * g**2
-            m = self.m[name] / (1 - config.adam_b1**self.t)
-            v = self.v[name] / (1 - config.adam_b2**self.t)
-            self.p[name] = self.p[name] - rate * m / (np.sqrt(v) + config.adam_eps)
+            self.m[name] = config.optimizer.b1 * self.m[name] + (1 - config.optimizer.b1) * g
+            self.v[name] = config.optimizer.b2 * self.v[name] + (1 - config.optimizer.b2) * g**2
+            m = self.m[name] / (1 - config.optimizer.b1**self.t)
+            v = self.v[name] / (1 - config.optimizer.b2**self.t)
+            self.p[name] = self.p[name] - rate * m / (np.sqrt(v) + config.optimizer.eps)
         return {**losses, "loss": sum(losses.values()), "grad_norm": norm, "lr": rate, "kept": kept}

@@ -42,7 +42,11 @@ def require_compiler(topology: Topology) -> None:
 
 
 def compiled_steps(
-    recipe: TrainConfig, topology: Topology, meshes: Sequence[tuple[int, int]]
+    recipe: TrainConfig,
+    topology: Topology,
+    meshes: Sequence[tuple[int, int]],
+    *,
+    is_optimizer_spread: bool = False,
 ) -> Iterator[Mapping[str, Any]]:
     """Compile the step for every mesh; yield what the compiler says of each as it comes.
 
@@ -60,6 +64,7 @@ def compiled_steps(
         "topology": topology.name,
         "recipe": config_to_json(recipe),
         "meshes": [list(mesh) for mesh in meshes],
+        "is_optimizer_spread": is_optimizer_spread,
     }
     with tempfile.TemporaryFile("w+") as errors, _worker(topology, errors) as worker:
         try:

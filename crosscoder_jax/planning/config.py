@@ -8,6 +8,7 @@ from crosscoder_jax.objectives import AuxK
 from crosscoder_jax.planning.topology import Topology
 from crosscoder_jax.sources import Source, Sources
 from crosscoder_jax.sparsity import BatchTopK
+from crosscoder_jax.training.adam import Adam
 from crosscoder_jax.training.config import TrainConfig
 
 STORED_BYTES = {"bfloat16": 2, "float32": 4, "float16": 2}
@@ -38,6 +39,14 @@ class PlanConfig:
     """Of products of which a side is float32; "default" is one pass in bfloat16 on TPU."""
     aux_k_weight: float = AuxK.weight
     """Weight of the loss that revives dead latents; 0 plans without."""
+    optimizer: Adam = Adam()
+    """Moments, and what they are kept in."""
+    micro_batches: int = 1
+    """Parts of a batch that are decoded one after the other."""
+    pre_acts: Literal["full", "bfloat16"] = "full"
+    """What the encoder's output is kept in."""
+    is_optimizer_spread: bool = False
+    """Whether moments are spread over the shards of the data, too."""
     meshes: tuple[tuple[int, int], ...] = ()
     """Splits to try, as shards of the data and of the latents; all that use every chip if empty."""
     stored_dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -63,7 +72,13 @@ class PlanConfig:
                     )
 
     def _shared(self, data: int, latent: int) -> tuple[tuple[int, str, int], ...]:
-        return (self.num_latents, "num_latents", latent), (self.batch_size, "batch_size", data)
+        shared = [
+            (self.num_latents, "num_latents", latent),
+            (self.batch_size, "batch_size", data * self.micro_batches),
+        ]
+        if self.is_optimizer_spread:
+            shared.append((sum(self.widths), "width of all sources", data))
+        return tuple(shared)
 
     def recipe(self) -> TrainConfig:
         """Return the recipe whose step is compiled: that of ``train``, on sources of these widths.
@@ -80,7 +95,15 @@ class PlanConfig:
             precision=self.precision,
         )
         aux_k = AuxK(self.aux_k_weight) if self.aux_k_weight else None
-        return TrainConfig(crosscoder, num_steps=100_000, batch_size=self.batch_size, aux_k=aux_k)
+        return TrainConfig(
+            crosscoder,
+            num_steps=100_000,
+            batch_size=self.batch_size,
+            aux_k=aux_k,
+            optimizer=self.optimizer,
+            micro_batches=self.micro_batches,
+            pre_acts=self.pre_acts,
+        )
 
     def splits(self) -> tuple[tuple[int, int], ...]:
         """Return the meshes to try, as shards of the data and of the latents.

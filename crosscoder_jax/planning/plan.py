@@ -16,8 +16,7 @@ from crosscoder_jax.typing import Progress
 PARTS = ("selection", "aux_k", "update", "dot_general")
 """Scopes of the step in the order in which an operation is told to one; dot_general is the products."""
 SELECTION_PASSES = 9
-"""Assumed passes of BatchTopK's search over the scores. Measured: 5 to 22, mean 9, over batches of Gaussian
-and of heavy-tailed scores with the running threshold as the first guess."""
+"""Assumed passes of BatchTopK's search over the scores; how many it takes depends on them and on the guess."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class ChipBytes:
     batch: int
     """Its share of the activations of one batch, and small state."""
     pre_acts: int
-    """One array [batch, latent] of float32; a part of the temporaries."""
+    """What the encoder puts out for the batch; a part of the temporaries."""
     temporaries: int | None
     """All that lives only within a step, as the compiler lays it out; ``None`` if nothing was compiled."""
     program: int
@@ -73,7 +72,8 @@ class MeshPlan:
     ``None`` where it is below what the chips' peak allows."""
     left_out_seconds: float = 0.0
     """What that estimate leaves out: the passes of float32 products but the first, and those of the
-    selection's search. From shapes, at peak speed."""
+    selection's search, from shapes, at peak speed; and of loops that count all passes but the first, by the
+    cycles that they take."""
     cycle_seconds: float | None = None
     """Another: the cycles the TPU compiler estimates for each operation, with the selection's passes, and
     collectives at the full speed of the links. Not a measurement."""
@@ -140,7 +140,10 @@ def make_plan(config: PlanConfig, progress: Progress | None = None) -> Plan:
     waiting = [split for split in splits if is_compiled and split not in too_large]
     planned = {split: _from_shapes(config, split, sizes[split][0], memory) for split in splits}
     if waiting:
-        for done, facts in enumerate(compiled_steps(recipe, config.topology, waiting), start=1):
+        steps = compiled_steps(
+            recipe, config.topology, waiting, is_optimizer_spread=config.is_optimizer_spread
+        )
+        for done, facts in enumerate(steps, start=1):
             split = (facts["mesh"][0], facts["mesh"][1])
             planned[split] = _from_compiler(config, planned[split], facts, memory)
             if progress is not None:
@@ -163,7 +166,8 @@ def _memory_bytes(config: PlanConfig) -> int:
 
 def _sizes(config: PlanConfig, split: tuple[int, int]) -> tuple[StateBytes, StateBytes]:
     mesh = abstract_mesh(*split)
-    return state_bytes(abstract_state(config.recipe(), mesh), mesh)
+    state = abstract_state(config.recipe(), mesh, is_optimizer_spread=config.is_optimizer_spread)
+    return state_bytes(state, mesh)
 
 
 def _from_shapes(config: PlanConfig, split: tuple[int, int], state: StateBytes, memory: int) -> MeshPlan:
@@ -218,7 +222,7 @@ def _from_compiler(config: PlanConfig, shapes: MeshPlan, facts: Mapping[str, Any
     seconds = _without_unknown(
         facts["optimal_seconds"], program.num_custom_calls, _least_seconds(config, measured)
     )
-    return _with_times(config, measured, seconds, program.cycles(PARTS))
+    return _with_times(config, measured, seconds, program)
 
 
 def _least_seconds(config: PlanConfig, mesh: MeshPlan) -> float:
@@ -257,9 +261,8 @@ def _lacking(refusal: str) -> str:
     return " ".join(refusal.split())[:200]
 
 
-def _with_times(
-    config: PlanConfig, mesh: MeshPlan, xla_seconds: float | None, cycles: Mapping[str, int]
-) -> MeshPlan:
+def _with_times(config: PlanConfig, mesh: MeshPlan, xla_seconds: float | None, program: Program) -> MeshPlan:
+    cycles = program.cycles(PARTS)
     chip, total = config.topology.chip, sum(cycles.values())
     if chip is None or chip.clock_hz is None:
         return mesh
@@ -268,7 +271,7 @@ def _with_times(
     mesh = dataclasses.replace(
         mesh,
         xla_seconds=xla_seconds,
-        left_out_seconds=_left_out_seconds(config, mesh, chip),
+        left_out_seconds=_left_out_seconds(config, mesh, chip) + _repeated_seconds(xla_seconds, program),
         cycle_seconds=total / chip.clock_hz + linked if total else None,
         cycle_shares={part: part_cycles / total for part, part_cycles in cycles.items()},
     )
@@ -299,11 +302,15 @@ def _left_out_seconds(config: PlanConfig, mesh: MeshPlan, chip: Chip) -> float:
     return flops / (chip.peak_flops * mesh.chips) + searched / chip.memory_bytes_per_s
 
 
+def _repeated_seconds(xla_seconds: float | None, program: Program) -> float:
+    return 0.0 if xla_seconds is None else xla_seconds * (program.repetition - 1)
+
+
 def _link_seconds(collectives: Sequence[Collective], bytes_per_s: float) -> float:
     """Return how long the collectives take at the full speed of the links, as rings send them."""
     rounds = {"all-reduce": 2, "collective-permute": 1}
     sent = sum(
-        rounds.get(one.kind, 1) * one.num_bytes * (one.group_size - 1) / max(one.group_size, 1)
+        rounds.get(one.kind, 1) * one.passes * one.num_bytes * (one.group_size - 1) / max(one.group_size, 1)
         for one in collectives
     )
     return sent / bytes_per_s

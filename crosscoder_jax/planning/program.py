@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -18,6 +18,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_COUNTING = {"parameter", "get-tuple-element", "constant", "compare"}
+"""All that the condition of a loop that only counts is made of."""
 _SHAPE = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 
 
@@ -33,8 +35,8 @@ class Collective:
     """The largest array of it, as XLA writes shapes."""
     axes: tuple[str, ...]
     """Mesh axes that it goes over; empty where that was not understood."""
-    is_repeated: bool
-    """Whether it is in a loop, whose passes depend on the data."""
+    passes: int
+    """How often in a step; more than once in loops, with the assumed number where it depends on the data."""
     group_size: int
     """Chips that take part in one exchange."""
 
@@ -78,13 +80,14 @@ class Program:
 
     def __init__(self, text: str, mesh_shape: tuple[int, int], *, loop_passes: int = 1):
         self._mesh_shape, self._loop_passes = mesh_shape, loop_passes
+        self._text = text
         self._computations, self._entry = _computations(text)
 
     def collectives(self) -> list[Collective]:
         """Return every collective, the largest first."""
-        looped = set(self._reached(self._loops()))
+        passes = self._passes()
         found = [
-            self._collective(one, opcode, name in looped)
+            self._collective(one, opcode, passes.get(name, 1))
             for name, instructions in self._computations.items()
             for one in instructions
             if (opcode := one.opcode.removesuffix("-start")) in _COLLECTIVES
@@ -107,37 +110,64 @@ class Program:
         """
         return dict(self._cycles_of(self._entry, tuple(parts)))
 
-    def _cycles_of(self, computation: str, parts: tuple[str, ...]) -> collections.Counter[str]:
+    @property
+    def repetition(self) -> float:
+        """How many times as long the program takes as one pass of each counted loop, by its cycles.
+
+        Loops whose passes depend on the data count as one pass here.
+        """
+        once = self._cycles_of(self._entry, (), is_once=True).total()
+        counted = Program(self._text, self._mesh_shape).cycles(())
+        return sum(counted.values()) / once if once else 1.0
+
+    def _counted_passes(self, loop: _Instruction) -> int | None:
+        """Return the passes of a loop that counts up from 0 to a number, however XLA says so."""
+        if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
+            return int(found[1])
+        condition = re.search(r"condition=%?([\w.-]+)", loop.text)
+        lines = self._computations.get(condition[1], []) if condition else []
+        ends = [re.search(r"s32\[\].* constant\((\d+)\)", line.text) for line in lines]
+        counts = [int(end[1]) for end in ends if end]
+        is_plain = {line.opcode for line in lines} == _COUNTING
+        return counts[0] if is_plain and len(counts) == 1 and "direction=LT" in lines[-1].text else None
+
+    def _cycles_of(
+        self, computation: str, parts: tuple[str, ...], *, is_once: bool = False
+    ) -> collections.Counter[str]:
         total: collections.Counter[str] = collections.Counter()
         for one in self._computations.get(computation, ()):
             if one.opcode == "while":
-                passes = _known_passes(one.text) or self._loop_passes
+                passes = 1 if is_once else self._passes_of(one)
                 for name in one.called:
-                    inner = self._cycles_of(name, parts)
+                    inner = self._cycles_of(name, parts, is_once=is_once)
                     total.update({part: passes * cycles for part, cycles in inner.items()})
             elif one.opcode == "conditional":
-                branches = [self._cycles_of(name, parts) for name in one.branches]
+                branches = [self._cycles_of(name, parts, is_once=is_once) for name in one.branches]
                 total.update(max(branches, key=lambda branch: branch.total(), default=collections.Counter()))
             elif one.opcode in ("call", "async-start"):
                 for name in one.called:
-                    total.update(self._cycles_of(name, parts))
+                    total.update(self._cycles_of(name, parts, is_once=is_once))
             if one.cycles:
                 total[_part(one.scope, parts)] += one.cycles
         return total
 
-    def _loops(self) -> Iterator[str]:
-        for instructions in self._computations.values():
-            for one in instructions:
-                if one.opcode == "while":
-                    yield from one.called
-
-    def _reached(self, names: Iterable[str]) -> Iterator[str]:
-        for name in names:
-            yield name
+    def _passes(self) -> Mapping[str, int]:
+        """Return how often each computation is done in a step."""
+        passes, pending = {self._entry: 1}, [self._entry]
+        while pending:
+            name = pending.pop()
             for one in self._computations.get(name, ()):
-                yield from self._reached([*one.called, *one.branches])
+                here = passes[name] * (self._passes_of(one) if one.opcode == "while" else 1)
+                for called in [*one.called, *one.branches]:
+                    if here > passes.get(called, 0):
+                        passes[called] = here
+                        pending.append(called)
+        return passes
 
-    def _collective(self, one: _Instruction, kind: str, is_repeated: bool) -> Collective:
+    def _passes_of(self, loop: _Instruction) -> int:
+        return self._counted_passes(loop) or self._loop_passes
+
+    def _collective(self, one: _Instruction, kind: str, passes: int) -> Collective:
         arrays = _arrays(one.result)
         if one.opcode.endswith("-start") and kind != "all-reduce":
             # The operand comes first in the result, and what it becomes second.
@@ -149,7 +179,7 @@ class Program:
             num_bytes=round(sum(size for _, size in arrays)),
             largest=largest[0],
             axes=self._axes(group),
-            is_repeated=is_repeated,
+            passes=passes,
             group_size=len(group) or math.prod(self._mesh_shape),
         )
 
@@ -175,11 +205,6 @@ def _computations(text: str) -> tuple[Mapping[str, list[_Instruction]], str]:
 def _part(scope: str, parts: tuple[str, ...]) -> str:
     words = set(re.findall(r"[\w.-]+", scope))
     return next((part for part in parts if part in words), "other")
-
-
-def _known_passes(text: str) -> int | None:
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text)
-    return int(found[1]) if found else None
 
 
 def _arrays(result: str) -> list[tuple[str, float]]:

@@ -23,25 +23,29 @@ def abstract_mesh(data: int, latent: int) -> AbstractMesh:
     return AbstractMesh((data, latent), AXES, axis_types=(AxisType.Explicit,) * 2)
 
 
-def abstract_state(recipe: TrainConfig, mesh: AbstractMesh) -> TrainState:
+def abstract_state(
+    recipe: TrainConfig, mesh: AbstractMesh, *, is_optimizer_spread: bool = False
+) -> TrainState:
     """Return the state that :func:`init_state` makes, as shapes with the shardings of the mesh."""
+    shardings = Shardings.data_latent(*AXES, is_optimizer_spread=is_optimizer_spread)
     with use_abstract_mesh(mesh):
-        make = functools.partial(init_state, recipe, shardings=Shardings.data_latent(*AXES))
-        return jax.eval_shape(make)
+        return jax.eval_shape(functools.partial(init_state, recipe, shardings=shardings))
 
 
-def compile_step(recipe: TrainConfig, mesh: Mesh) -> Compiled:
+def compile_step(recipe: TrainConfig, mesh: Mesh, *, is_optimizer_spread: bool = False) -> Compiled:
     """Compile the function that training calls, for devices that need not be here.
 
     Args:
         recipe: compiled in.
         mesh: explicit, with the axes ``data`` and ``latent``.
+        is_optimizer_spread: as in the options of a run.
     """
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, _spec(leaf)))
 
-    state = jax.tree.map(placed, abstract_state(recipe, mesh.abstract_mesh))
+    shapes = abstract_state(recipe, mesh.abstract_mesh, is_optimizer_spread=is_optimizer_spread)
+    state = jax.tree.map(placed, shapes)
     shape = (recipe.batch_size, recipe.crosscoder.sources.width)
     acts = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, jax.P("data", None)))
     with use_abstract_mesh(mesh.abstract_mesh):

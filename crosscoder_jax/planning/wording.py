@@ -115,7 +115,7 @@ def _step_row(mesh: MeshPlan) -> tuple[str, ...]:
 def _sent(mesh: MeshPlan, *, over: str) -> int | None:
     """Return the bytes of the collectives over one axis; those over both count with the latents."""
     sent = sum(
-        one.num_bytes
+        one.passes * one.num_bytes
         for one in mesh.collectives
         if (one.axes == ("data",) if over == "data" else one.axes != ("data",))
     )

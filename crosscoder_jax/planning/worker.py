@@ -30,7 +30,7 @@ def main() -> None:
             AXES,
             axis_types=(AxisType.Explicit,) * 2,
         )
-        answer = {"mesh": [data, latent], **_facts(recipe, mesh)}
+        answer = {"mesh": [data, latent], **_facts(recipe, mesh, request["is_optimizer_spread"])}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
@@ -43,10 +43,10 @@ def _devices(platform: str, topology: str) -> list[Any]:
     return list(topologies.get_topology_desc(platform=platform, topology_name=topology).devices)
 
 
-def _facts(recipe: TrainConfig, mesh: Mesh) -> Mapping[str, Any]:
+def _facts(recipe: TrainConfig, mesh: Mesh, is_optimizer_spread: bool) -> Mapping[str, Any]:
     hosts = len({device.process_index for device in mesh.devices.flat})
     try:
-        compiled = compile_step(recipe, mesh)
+        compiled = compile_step(recipe, mesh, is_optimizer_spread=is_optimizer_spread)
     except jax.errors.JaxRuntimeError as error:
         # Out of memory is an answer; every other failure is the parent's to tell.
         if "RESOURCE_EXHAUSTED" not in str(error):

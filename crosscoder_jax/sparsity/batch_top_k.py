@@ -113,11 +113,15 @@ class BatchTopK:
             ([[3.0, 0.0, 0.0], [0.0, 0.0, 0.25]], 3.0)
         """
         self._check_count(pre_acts.shape[0])
-        acts = jax.nn.relu(pre_acts)
-        scores = lax.stop_gradient(ranking_scores(acts, score_weights))
+        score_weights = lax.stop_gradient(score_weights)
+
+        def score(pre_acts: Latents) -> Latents:
+            return ranking_scores(jax.nn.relu(pre_acts), score_weights)
+
+        values, acts = lax.stop_gradient(pre_acts), jax.nn.relu(pre_acts)
         count = self._count(step, pre_acts.shape[0])
-        cut = top_scores_cut(scores, count, guess=threshold)
-        return SparseCode(jnp.where(scores >= cut, acts, jnp.zeros_like(acts)), cut)
+        cut = top_scores_cut(values, count, guess=threshold, score=score)
+        return SparseCode(jnp.where(score(values) >= cut, acts, jnp.zeros_like(acts)), cut)
 
     def at_inference(self, pre_acts: Latents, score_weights: PerLatent, threshold: Scalar) -> Latents:
         """Return what exceeds the threshold, whatever else is in the batch."""

@@ -7,6 +7,7 @@ in the score for the tails met here, and every third cut halves the bracket in t
 floats, which bounds the number of passes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -59,7 +60,11 @@ def apply_threshold(pre_acts: Latents, score_weights: PerLatent, threshold: Scal
 
 
 def top_scores_cut(
-    scores: Float[Array, "*shape"], count: Int[Array, ""], *, guess: Scalar | None = None
+    values: Float[Array, "*shape"],
+    count: Int[Array, ""],
+    *,
+    guess: Scalar | None = None,
+    score: Callable[[Array], Array] = lambda values: values,
 ) -> Scalar:
     """Return the ``count``-th largest of non-negative scores.
 
@@ -69,22 +74,28 @@ def top_scores_cut(
     ``count`` positive scores the cut is the smallest positive one.
 
     Args:
-        scores: float32 or float64, not negative, no NaN.
+        values: the scores, or what they are made of.
         count: how many to keep, below :data:`MOST_KEPT`, which the caller must see to.
         guess: a cut to try first, such as the running threshold; saves passes, changes nothing.
+        score: makes the scores (float32 or float64, not negative, no NaN) of the values, anew in every pass,
+            so that they take no memory; elementwise.
 
     Returns:
         The cut; ``inf`` if ``count`` is 0 or no score is positive.
     """
+    scores = score(values)
     first = jnp.asarray(0.0 if guess is None else guess, scores.dtype)
-    found = _search(scores, count, first)
+    found = _search(values, count, first, score)
     kept = scores >= _from_ordered(found.low)
     cut = jnp.min(jnp.where(kept, scores, jnp.inf))
     return jnp.where(count > 0, cut, jnp.inf)
 
 
-def _search(scores: Float[Array, "*shape"], count: Int[Array, ""], first: Scalar) -> "_Bracket":
+def _search(
+    values: Float[Array, "*shape"], count: Int[Array, ""], first: Scalar, score: Callable[[Array], Array]
+) -> "_Bracket":
     """Narrow a bracket until its lower cut keeps what the ``count``-th largest score would keep."""
+    scores = score(values)
     smallest = jnp.asarray(SMALLEST_SCORE, scores.dtype)
     positive = _count_reaching(scores, smallest)
     count = count.astype(jnp.int32)
@@ -98,7 +109,9 @@ def _search(scores: Float[Array, "*shape"], count: Int[Array, ""], first: Scalar
 
     def narrow(bracket: _Bracket) -> _Bracket:
         cut = _propose(bracket, count, first)
-        return bracket.split_at(cut, _count_reaching(scores, _from_ordered(cut)), count)
+        # Tied to the cut: otherwise XLA takes the scores for the same in every pass, and keeps them.
+        tied, cut = lax.optimization_barrier((values, cut))
+        return bracket.split_at(cut, _count_reaching(score(tied), _from_ordered(cut)), count)
 
     return lax.while_loop(lambda bracket: bracket.is_open(count), narrow, bracket)
 

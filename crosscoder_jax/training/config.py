@@ -14,7 +14,8 @@ from crosscoder_jax.objectives import (
     Matryoshka,
     Reconstruction,
 )
-from crosscoder_jax.sparsity import Gated, JumpReLU, ReLU
+from crosscoder_jax.sparsity import BatchTopK, Gated, JumpReLU, ReLU
+from crosscoder_jax.training.adam import Adam
 from crosscoder_jax.training.laws import (
     CorrectedThreshold,
     MeanNorm,
@@ -48,12 +49,8 @@ class TrainConfig:
     """Steps over which the rate rises linearly from zero; the published recipe."""
     decay_fraction: float = 0.2
     """Last share of the steps over which the rate falls linearly to zero (Kissane et al. 2024)."""
-    adam_b1: float = 0.9
-    """Decay of Adam's first moment."""
-    adam_b2: float = 0.999
-    """Decay of Adam's second moment."""
-    adam_eps: float = 1e-8
-    """Added to the root of Adam's second moment."""
+    optimizer: Adam = Adam()
+    """Moments, and what they are kept in."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; ``None`` does not clip."""
     loss: Reconstruction = ErrorNorm()
@@ -73,6 +70,13 @@ class TrainConfig:
     """New beginnings for dead latents, used with L1; the published runs had none."""
     start: WarmStart | None = None
     """A saved crosscoder to begin with; ``None`` begins with random directions."""
+    micro_batches: int = 1
+    """Parts of a batch that are decoded one after the other, of BatchTopK alone: less memory for codes and
+    their gradients, and the same step, since what is kept is decided over the whole batch. AuxK then decodes
+    it once more."""
+    pre_acts: Literal["full", "bfloat16"] = "full"
+    """What the encoder's output is kept in while training: the weights' dtype, or bfloat16 for half of that,
+    in which scores of a latent closer than a 256th are one."""
     frozen: tuple[Literal["w_enc", "b_enc", "w_dec", "b_dec"], ...] = ()
     """Weights that stay as they begin."""
     threshold: ThresholdLaw = CorrectedThreshold()
@@ -99,12 +103,10 @@ class TrainConfig:
             )
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1")
-        for name in ("learning_rate", "adam_eps", "decoder_norm"):
+        for name in ("learning_rate", "decoder_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
-        for name in ("adam_b1", "adam_b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        self._check_micro_batches()
         k = getattr(self.crosscoder.sparsity, "k", None) if self.l0 is None else self.l0.target
         if k is not None and k > self.crosscoder.num_latents:
             raise ValueError(
@@ -141,6 +143,11 @@ class TrainConfig:
                 f"resampling with sparsity={self.crosscoder.sparsity} would leave what dead latents have "
                 f"learned of {', '.join(self.crosscoder.rule_parameters)} where it is: use AuxK"
             )
+        if self.resampling is not None and self.optimizer.second_moment == "factored":
+            raise ValueError(
+                "resampling with second_moment='factored' of Adam: a latent that begins again would keep its "
+                "share in the moments of all: use second_moment='full', or AuxK"
+            )
         if self.resampling is not None and (self.frozen or (self.start and self.start.is_frozen)):
             raise ValueError("resampling would move weights that are frozen: use AuxK, or freeze nothing")
         if self.resampling is not None and self.resampling.every_steps * self.batch_size > TOKENS_CAP:
@@ -150,6 +157,17 @@ class TrainConfig:
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive; None does not clip")
+
+    def _check_micro_batches(self) -> None:
+        if self.micro_batches < 1 or self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"micro_batches={self.micro_batches} must be positive and divide batch_size={self.batch_size}"
+            )
+        if self.micro_batches > 1 and not isinstance(self.crosscoder.sparsity, BatchTopK):
+            raise ValueError(
+                f"micro_batches={self.micro_batches} with sparsity={self.crosscoder.sparsity}: only a batch "
+                "of BatchTopK can be taken in parts: take smaller batches, or one part"
+            )
 
     @property
     def order_seed(self) -> int:

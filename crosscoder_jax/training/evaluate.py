@@ -13,7 +13,7 @@ from crosscoder_jax.activations.batches import StoredBatch, sequential_batches
 from crosscoder_jax.activations.view import TokenView
 from crosscoder_jax.crosscoder import Crosscoder
 from crosscoder_jax.metrics import explained_variance, frequency_metrics, named_thresholds
-from crosscoder_jax.sharding import check_divisible, place
+from crosscoder_jax.sharding import check_divisible, place, to_host
 from crosscoder_jax.sources import Sources
 from crosscoder_jax.sparsity import BatchTopK, ranking_scores
 from crosscoder_jax.training.step import EvalBatch, eval_step
@@ -33,7 +33,8 @@ def evaluate(
     """Measure variance explained, L0 and latent frequencies over all tokens of a view.
 
     Sums over the corpus are in float64. Only the metrics of the training rule depend on the batch
-    size, and only as BatchTopK itself does. A crosscoder on a mesh is measured there.
+    size, and only as BatchTopK itself does. A crosscoder on a mesh is measured there; of several processes
+    all call this, and each reads the whole view.
 
     Args:
         crosscoder: with its inference threshold.
@@ -55,7 +56,7 @@ def evaluate(
     done = 0
     for batch in sequential_batches(view, _rows(crosscoder, batch_size, view.num_tokens)):
         measured = eval_step(crosscoder, *_placed(batch, crosscoder, view.store.sources))
-        host = jax.tree.map(lambda value: np.asarray(value, np.float64), measured)
+        host = jax.tree.map(lambda value: to_host(value).astype(np.float64), measured)
         totals = host if totals is None else jax.tree.map(np.add, totals, host)
         done += int(batch.is_valid.sum())
         if progress is not None:

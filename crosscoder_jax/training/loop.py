@@ -144,8 +144,11 @@ def fit_together(
         )
     store = as_null(store, options.null)
     for config, folder in zip(configs, folders, strict=True):
-        check_divisible("batch_size", config.batch_size, mesh, "data")
+        part = "batch_size" if config.micro_batches == 1 else "batch_size / micro_batches"
+        check_divisible(part, config.batch_size // config.micro_batches, mesh, "data")
         check_divisible("num_latents", config.crosscoder.num_latents, mesh, "latent")
+        if options.is_optimizer_spread:
+            check_divisible("width of all sources", config.crosscoder.sources.width, mesh, "data")
         refuse_store_folder(folder, store)
         refuse_other_run(folder, run_identity(config, store, options))
     is_finished = _agreed(lambda: [(folder / "crosscoder" / "config.json").is_file() for folder in folders])
@@ -197,7 +200,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         step_is_done = stack.enter_context(watchdog(options.step_timeout))
         is_preempted = stack.enter_context(watched_for_preemption())
-        started = _started(runs, view, mesh, stack)
+        started = _started(runs, view, mesh, stack, is_optimizer_spread=options.is_optimizer_spread)
         stack.enter_context(on_mesh(mesh))
         # The run that has most to do tells the progress, so that every step is told once.
         longest = max(started, key=lambda begun: begun[0].config.num_steps - int(begun[1].step))[0]
@@ -224,7 +227,12 @@ def _train(
 
 
 def _started(
-    runs: Sequence[_Run], view: TokenView, mesh: Mesh | None, stack: contextlib.ExitStack
+    runs: Sequence[_Run],
+    view: TokenView,
+    mesh: Mesh | None,
+    stack: contextlib.ExitStack,
+    *,
+    is_optimizer_spread: bool,
 ) -> list[tuple[_Run, TrainState, Checkpoints]]:
     """Return the state of each run, from its newest checkpoint or from the data, before any is claimed."""
 
@@ -243,7 +251,8 @@ def _started(
         clear_folder(run.folder)
         checkpoints = Checkpoints(run.folder / "checkpoints")
         stack.callback(checkpoints.close)
-        make = functools.partial(init_state, run.config, shardings=Shardings.for_mesh(mesh))
+        shardings = Shardings.for_mesh(mesh, is_optimizer_spread=is_optimizer_spread)
+        make = functools.partial(init_state, run.config, shardings=shardings)
         is_new = checkpoints.latest_step is None
         data = statistics(run.config.without_seeds())._asdict() if is_new else {}
         with on_mesh(mesh):

@@ -1,4 +1,4 @@
-"""Adam as the published runs used it: schedule, clip and moments, each as exact as its dtype allows."""
+"""The optimiser: clip by the global norm, Adam, and the schedule of its rate."""
 
 import math
 from collections.abc import Mapping
@@ -7,10 +7,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from crosscoder_jax.sharding import Shardings
 from crosscoder_jax.sparsity import JumpReLU
+from crosscoder_jax.training.adam import Factors
 from crosscoder_jax.training.config import TrainConfig
 
 CLIP_EPSILON = 1e-6
@@ -37,7 +40,7 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Return Adam under the learning-rate schedule, after clipping by the global norm."""
     clip = optax.identity() if config.clip_norm is None else clip_by_global_norm(config.clip_norm)
-    adam = scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
+    adam = config.optimizer.transformation()
     rate = optax.scale_by_learning_rate(learning_rate_schedule(config))
     if isinstance(config.crosscoder.sparsity, JumpReLU):
         return optax.chain(clip, adam, rate, _faster_thresholds(math.sqrt(config.crosscoder.sources.width)))
@@ -77,38 +80,40 @@ def global_norm(tree: optax.Updates) -> Float[Array, ""]:
     return jnp.sqrt(jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]).sum())
 
 
-def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Return ``mhat / (sqrt(vhat) + eps)`` with the bias corrections of Adam.
+def spread_moments(opt_state: optax.OptState, shardings: Shardings) -> optax.OptState:
+    """Return the state of :func:`make_optimizer` with the moments of encoder and decoder laid out anew."""
+    specs = {"w_enc": shardings.moments_wl, "w_dec": shardings.moments_lw}
 
-    Optax computes the correction ``1 - b2**t`` in float32 from a rounded ``b2``: for 0.999 it is wrong
-    by 1.3e-5 at every step, and with it every update by 6e-6, always in one direction.
+    def spread(moments: optax.Updates) -> optax.Updates:
+        kept: Any = jax.tree.map(lambda leaf: leaf, moments)
+        for name, spec in specs.items():
+            if spec is not None:
+                kept[name] = kept[name].replace(_spread(kept[name].get_value(), spec))
+        return kept
 
-    References:
-        Kingma & Ba 2014, arXiv 1412.6980.
-    """
+    clip, adam, *rest = cast(tuple[Any, ...], opt_state)
+    return clip, adam._replace(mu=spread(adam.mu), nu=spread(adam.nu)), *rest
 
-    def init(params: optax.Params) -> optax.OptState:
-        return optax.ScaleByAdamState(
-            count=jnp.zeros((), jnp.int32),
-            mu=jax.tree.map(jnp.zeros_like, params),
-            nu=jax.tree.map(jnp.zeros_like, params),
-        )
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        state = cast(optax.ScaleByAdamState, state)
-        count = jnp.asarray(state.count) + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
+def _spread(moment: Array | Factors, spec: jax.P) -> Array | Factors:
+    if isinstance(moment, Factors):
+        return Factors(jax.reshard(moment.rows, jax.P(spec[0])), jax.reshard(moment.columns, jax.P(spec[1])))
+    return jax.reshard(moment, spec)
 
-        def scaled(m: Array, v: Array) -> Array:
-            return m / _correction(b1, count, m.dtype) / (jnp.sqrt(v / _correction(b2, count, v.dtype)) + eps)
 
-        return jax.tree.map(scaled, mu, nu), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+def as_moments(grads: optax.Updates, opt_state: optax.OptState) -> optax.Updates:
+    """Return gradients laid out as the moments that they are added to."""
+    return jax.tree.map(_laid_out_as, grads, cast(tuple[Any, ...], opt_state)[1].mu)
 
-    return optax.GradientTransformation(init, update)
+
+def add_updates(params: nnx.State, updates: optax.Updates) -> nnx.State:
+    """Return parameters, laid out as they are, with updates added."""
+    return jax.tree.map(lambda param, update: param + _laid_out_as(update, param), params, updates)
+
+
+def _laid_out_as(values: Array, like: Array) -> Array:
+    mine, wanted = jax.typeof(values).sharding, jax.typeof(like).sharding
+    return values if mine.spec == wanted.spec else jax.reshard(values, wanted.spec)
 
 
 def forget_moments(
@@ -125,14 +130,8 @@ def forget_moments(
     def forget(moments: optax.Updates) -> optax.Updates:
         kept: Any = jax.tree.map(lambda leaf: leaf, moments)
         for name, mask in is_forgotten.items():
-            kept[name] = kept[name].replace(jnp.where(mask, 0.0, kept[name][...]))
+            values = kept[name][...]
+            kept[name] = kept[name].replace(jnp.where(mask, jnp.zeros_like(values), values))
         return kept
 
     return clip, adam._replace(mu=forget(adam.mu), nu=forget(adam.nu)), *rest
-
-
-def _correction(decay: float, count: Int[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:
-    """Return ``1 - decay**count`` without cancellation."""
-    if decay == 0:
-        return jnp.ones((), dtype)
-    return -jnp.expm1(count.astype(dtype) * math.log(decay))

@@ -29,6 +29,9 @@ class RunOptions:
     step_timeout: float | None = None
     """Seconds without a step done, the compilation included, after which the process prints where each of its
     threads stands and ends with 1; ``None`` waits for ever."""
+    is_optimizer_spread: bool = False
+    """Spread the optimiser's moments over the mesh axis ``data``, too: they take less memory for each shard
+    of the data, and a step gathers the updates; needs a width of all sources that the shards divide."""
     null: Null | None = None
     """Trains on null data made from the store, in place of the data itself."""
 

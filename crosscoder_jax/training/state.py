@@ -16,7 +16,7 @@ from crosscoder_jax.crosscoder import Crosscoder
 from crosscoder_jax.sharding import Shardings
 from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.laws import RunningMean
-from crosscoder_jax.training.optimizer import make_optimizer
+from crosscoder_jax.training.optimizer import make_optimizer, spread_moments
 from crosscoder_jax.typing import Threshold
 
 
@@ -42,7 +42,7 @@ class TrainState:
     fixed: nnx.State
     """Its normaliser (and the threshold it began with)."""
     opt_state: optax.OptState
-    """Adam's moments, in the weights' dtype."""
+    """Adam's moments."""
     running_threshold: RunningMean
     """Of the smallest kept scores."""
     tokens_since_fired: Int[Array, "latent"]
@@ -118,7 +118,7 @@ def _make_state(
         step=jnp.int32(0),
         params=params,
         fixed=fixed,
-        opt_state=make_optimizer(config).init(params),
+        opt_state=spread_moments(make_optimizer(config).init(params), shardings),
         running_threshold=RunningMean(*(jnp.zeros_like(crosscoder.threshold[...]) for _ in range(2))),
         tokens_since_fired=jnp.zeros_like(crosscoder.b_enc[...], dtype=jnp.int32),
         key=step_key,

@@ -18,18 +18,22 @@ from crosscoder_jax.metrics import (
     active_latents,
     explained_variance,
     fired_counts,
-    l0,
     named_thresholds,
     reconstruction_sums,
 )
-from crosscoder_jax.objectives import AuxK, gate_loss
-from crosscoder_jax.sparsity import Gated, SparseCode
-from crosscoder_jax.training.config import TOKENS_CAP, TrainConfig
+from crosscoder_jax.objectives import AuxK
+from crosscoder_jax.training.config import TrainConfig
+from crosscoder_jax.training.gradients import Forward, gradients
 from crosscoder_jax.training.laws import RunningMean
-from crosscoder_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from crosscoder_jax.training.optimizer import (
+    add_updates,
+    as_moments,
+    learning_rate_schedule,
+    make_optimizer,
+)
 from crosscoder_jax.training.resampling import resample
 from crosscoder_jax.training.state import TrainState
-from crosscoder_jax.typing import Acts, Code, Scalar, Threshold
+from crosscoder_jax.typing import Acts, Scalar, Threshold
 
 Metrics = dict[str, Array | np.ndarray]
 
@@ -62,15 +66,12 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
     """
     normalized = nnx.merge(state.graphdef, state.params, state.fixed).normalize(acts)
 
-    def objective(params: nnx.State) -> tuple[Scalar, _Forward]:
-        crosscoder = nnx.merge(state.graphdef, params, state.fixed)
-        return _objective(crosscoder, normalized, state, config)
-
-    (loss, forward), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    grads = jax.tree.map(_row_major, _constrained(state, grads, config.frozen))
+    loss, forward, grads = gradients(state, normalized, config)
+    grads = as_moments(_constrained(state, grads, config.frozen), state.opt_state)
+    grads = jax.tree.map(_row_major, grads)
     with jax.named_scope("update"):
         updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-        params = _with_tied_norms(jax.tree.map(jnp.add, state.params, updates), state)
+        params = _with_tied_norms(add_updates(state.params, updates), state)
     next_state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -85,52 +86,6 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
             config.resampling.is_due(state.step), begin_again, lambda unchanged: unchanged, next_state
         )
     return next_state, _train_metrics(next_state, config, acts, loss, forward, grads)
-
-
-class _Forward(NamedTuple):
-    """What the forward pass leaves for the statistics and the metrics."""
-
-    sums: ReconstructionSums
-    l0: Scalar
-    smallest_score: Threshold
-    tokens_since_fired: Int[Array, "latent"]
-    parts: dict[str, Scalar]
-
-
-def _objective(
-    crosscoder: Crosscoder, normalized: Acts, state: TrainState, config: TrainConfig
-) -> tuple[Scalar, _Forward]:
-    sources = config.crosscoder.sources
-    pre_acts = crosscoder.pre_acts(normalized)
-    with jax.named_scope("selection"):
-        sparse = crosscoder.training_code(pre_acts, step=state.step, threshold=state.threshold)
-    recon = crosscoder.decode_normalized(sparse.code)
-    since_fired = _count_silence(state.tokens_since_fired, sparse, normalized.shape[0])
-    parts = {"loss/reconstruction": _reconstruction_loss(crosscoder, normalized, sparse.code, recon, config)}
-    if config.delta is not None:
-        parts["loss/delta"] = config.delta(crosscoder, normalized - recon, config.loss)
-    is_gated = isinstance(config.crosscoder.sparsity, Gated)
-    if config.l1 is not None:
-        penalised, norms = sparse.code, crosscoder.penalty_weights()
-        if is_gated:  # it closes gates and shrinks no decoder, whose gains would make up for it without end
-            penalised, norms = jax.nn.relu(pre_acts), jax.lax.stop_gradient(norms)
-        parts["loss/l1"] = config.l1(penalised, norms, state.step)
-    if is_gated:
-        parts["loss/gate"] = gate_loss(crosscoder, pre_acts, normalized, config.loss)
-    if config.l0 is not None:
-        parts["loss/l0"] = config.l0(crosscoder, pre_acts, state.step)
-    if config.aux_k is not None:
-        is_dead = since_fired >= config.aux_k.dead_after_tokens
-        with jax.named_scope("aux_k"):
-            parts["loss/aux_k"] = config.aux_k(crosscoder, pre_acts, normalized - recon, is_dead)
-    forward = _Forward(
-        sums=reconstruction_sums(normalized, recon, sources),
-        l0=l0(sparse.code),
-        smallest_score=sparse.smallest_score,
-        tokens_since_fired=since_fired,
-        parts=parts,
-    )
-    return jax.tree.reduce(jnp.add, parts), jax.lax.stop_gradient(forward)
 
 
 def _constrained(state: TrainState, grads: nnx.State, frozen: Sequence[str]) -> nnx.State:
@@ -183,19 +138,6 @@ def _with_tied_norms(params: nnx.State, state: TrainState) -> nnx.State:
     return nnx.state(crosscoder, nnx.Param)
 
 
-def _reconstruction_loss(
-    crosscoder: Crosscoder, normalized: Acts, code: Code, recon: Acts, config: TrainConfig
-) -> Scalar:
-    if config.matryoshka is None:
-        return config.loss(normalized - recon, config.crosscoder.sources)
-    return config.matryoshka(crosscoder, normalized, code, recon, config.loss)
-
-
-def _count_silence(since_fired: Array, sparse: SparseCode, num_tokens: int) -> Array:
-    silent = jnp.minimum(since_fired + num_tokens, TOKENS_CAP)
-    return jnp.where(fired_counts(sparse.code) > 0, 0, silent)
-
-
 def _running_threshold(state: TrainState, smallest: Threshold, config: TrainConfig) -> RunningMean:
     mean = state.running_threshold
     added = config.threshold(mean, smallest.astype(mean.total.dtype), state.step)
@@ -205,7 +147,7 @@ def _running_threshold(state: TrainState, smallest: Threshold, config: TrainConf
 
 
 def _train_metrics(
-    state: TrainState, config: TrainConfig, acts: Acts, loss: Scalar, forward: _Forward, grads: nnx.State
+    state: TrainState, config: TrainConfig, acts: Acts, loss: Scalar, forward: Forward, grads: nnx.State
 ) -> Metrics:
     grad_norms = {
         str(path[0]): jnp.sqrt(jnp.sum(jnp.square(grad[...]))) for path, grad in nnx.to_flat_state(grads)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from crosscoder_jax.planning import MeshPlan, Plan, make_plan
+from experiments.plans import levers
 from experiments.plans.sizes import SIZES, Size
 from experiments.readme import markdown_table, replace_section
 
@@ -59,6 +60,12 @@ def main() -> None:
         table = markdown_table(COLUMNS, rows)
         if is_updating:
             replace_section(README, section, table)
+    rows = []
+    for line in levers.rows():
+        print("levers", *line, sep="  ", flush=True)
+        rows.append(line)
+    if is_updating:
+        replace_section(README, "levers", markdown_table(levers.COLUMNS, rows))
 
 
 if __name__ == "__main__":

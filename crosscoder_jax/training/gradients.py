@@ -1,0 +1,198 @@
+"""What a step minimises, and its gradient: of a whole batch at once, or part by part in less memory."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import P, lax
+from jaxtyping import Array, Bool, Int
+
+from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.metrics import ReconstructionSums, fired_counts, l0, reconstruction_sums
+from crosscoder_jax.objectives import gate_loss
+from crosscoder_jax.sparsity import Gated, SparseCode
+from crosscoder_jax.training.config import TOKENS_CAP, TrainConfig
+from crosscoder_jax.training.state import TrainState
+from crosscoder_jax.typing import Acts, Code, Latents, Scalar, Threshold
+
+
+class Forward(NamedTuple):
+    """What the forward pass leaves for the statistics and the metrics."""
+
+    sums: ReconstructionSums
+    l0: Scalar
+    smallest_score: Threshold
+    tokens_since_fired: Int[Array, "latent"]
+    parts: dict[str, Scalar]
+
+
+class _Batch(NamedTuple):
+    """What the loss of some tokens depends on besides them."""
+
+    step: Int[Array, ""]
+    is_dead: Bool[Array, "latent"] | None
+    spread: Scalar | None
+    """Of the residuals of all tokens; ``None`` takes that of the tokens given."""
+
+
+def gradients(state: TrainState, normalized: Acts, config: TrainConfig) -> tuple[Scalar, Forward, nnx.State]:
+    """Return the loss of a batch, what its forward pass leaves, and the gradient of the parameters.
+
+    Args:
+        state: before the step.
+        normalized: the batch.
+        config: the recipe.
+    """
+    if config.micro_batches > 1:
+        return _gradients_by_parts(state, normalized, config)
+
+    def objective(params: nnx.State) -> tuple[Scalar, Forward]:
+        crosscoder = nnx.merge(state.graphdef, params, state.fixed)
+        pre_acts = _pre_acts(crosscoder, normalized, config)
+        sparse = _select(crosscoder, pre_acts, state)
+        since_fired = _count_silence(state.tokens_since_fired, sparse, len(normalized))
+        batch = _Batch(state.step, _is_dead(since_fired, config), None)
+        sums, parts = _losses(crosscoder, normalized, pre_acts, sparse.code, batch, config)
+        forward = Forward(sums, l0(sparse.code), sparse.smallest_score, since_fired, parts)
+        return jax.tree.reduce(jnp.add, parts), lax.stop_gradient(forward)
+
+    (loss, forward), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    return loss, forward, grads
+
+
+def _gradients_by_parts(
+    state: TrainState, normalized: Acts, config: TrainConfig
+) -> tuple[Scalar, Forward, nnx.State]:
+    """Return the same, decoding one part of the batch after the other.
+
+    Pre-activations are kept of the whole batch, over which is decided what the code keeps.
+    """
+    number = config.micro_batches
+    crosscoder = nnx.merge(state.graphdef, state.params, state.fixed)
+    pre_acts = _pre_acts(crosscoder, normalized, config)
+    sparse = _select(crosscoder, pre_acts, state)
+    since_fired = _count_silence(state.tokens_since_fired, sparse, len(normalized))
+    # What lies above the next smaller number is what reaches the cut.
+    below = jnp.nextafter(sparse.smallest_score, jnp.zeros_like(sparse.smallest_score))
+
+    def spread() -> Scalar:
+        def add(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            code = crosscoder.inference_code(_part(pre_acts, index, number), threshold=below)
+            residual = _part(normalized, index, number) - crosscoder.decode_normalized(code)
+            return sums[0] + jnp.sum(residual, axis=0), sums[1] + jnp.sum(jnp.square(residual))
+
+        nothing = jnp.zeros_like(crosscoder.b_dec[...]), jnp.zeros((), normalized.dtype)
+        total, energy = lax.fori_loop(0, number, add, nothing)
+        return (energy - jnp.sum(jnp.square(total)) / len(normalized)) / len(normalized)
+
+    batch = _Batch(state.step, _is_dead(since_fired, config), None)
+    if batch.is_dead is not None:
+        some = jnp.any(batch.is_dead)
+        batch = batch._replace(spread=lax.cond(some, spread, lambda: jnp.zeros((), normalized.dtype)))
+
+    def objective(params: nnx.State, pre_acts: Latents, normalized: Acts) -> tuple[Scalar, _PartSums]:
+        crosscoder = nnx.merge(state.graphdef, params, state.fixed)
+        code = crosscoder.inference_code(pre_acts, threshold=below)
+        sums, parts = _losses(crosscoder, normalized, pre_acts, code, batch, config)
+        parts = {name: loss / number for name, loss in parts.items()}
+        plain = sums.tokens, sums.total, sums.energy, sums.error
+        return jax.tree.reduce(jnp.add, parts), lax.stop_gradient((plain, parts))
+
+    def of_part(index: Array) -> tuple[nnx.State, _PartSums]:
+        acts = _part(normalized, index, number)
+
+        def encode(params: nnx.State) -> Latents:
+            return _pre_acts(nnx.merge(state.graphdef, params, state.fixed), acts, config)
+
+        differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
+        (grads, of_pre_acts), sums = differentiate(state.params, _part(pre_acts, index, number), acts)
+        (of_encoder,) = jax.vjp(encode, state.params)[1](of_pre_acts)
+        return jax.tree.map(jnp.add, grads, of_encoder), sums
+
+    def add(grads: nnx.State, index: Array) -> tuple[nnx.State, _PartSums]:
+        more, sums = of_part(index)
+        return jax.tree.map(jnp.add, grads, more), sums
+
+    nothing = jax.tree.map(jnp.zeros_like, state.params)
+    grads, of_parts = lax.scan(add, nothing, jnp.arange(number))
+    sums, parts = jax.tree.map(lambda of_part: jnp.sum(of_part, axis=0), of_parts)
+    forward = Forward(ReconstructionSums(*sums), l0(sparse.code), sparse.smallest_score, since_fired, parts)
+    return jax.tree.reduce(jnp.add, parts), forward, grads
+
+
+_PartSums = tuple[tuple[Array | np.ndarray | np.floating, ...], dict[str, Scalar]]
+
+
+def _part(values: Array, index: Array, number: int) -> Array:
+    """Return one of ``number`` parts of the rows: as many of each shard, neighbours in its memory."""
+    sharding, rest, num_rows = jax.typeof(values).sharding, values.shape[1:], len(values) // number
+    if sharding.mesh.empty:
+        return lax.dynamic_slice_in_dim(values, index * num_rows, num_rows)
+    axis, *others = sharding.spec
+    shards = 1 if axis is None else sharding.mesh.shape[axis]
+    parts = values.reshape(
+        shards, number, num_rows // shards, *rest, out_sharding=P(axis, None, None, *others)
+    )
+    part = lax.dynamic_index_in_dim(parts, index, axis=1, keepdims=False)
+    return part.reshape(num_rows, *rest, out_sharding=sharding.spec)
+
+
+def _pre_acts(crosscoder: Crosscoder, normalized: Acts, config: TrainConfig) -> Latents:
+    pre_acts = crosscoder.pre_acts(normalized)
+    return pre_acts if config.pre_acts == "full" else pre_acts.astype(config.pre_acts)
+
+
+def _select(crosscoder: Crosscoder, pre_acts: Latents, state: TrainState) -> SparseCode:
+    with jax.named_scope("selection"):
+        return crosscoder.training_code(pre_acts, step=state.step, threshold=state.threshold)
+
+
+def _losses(
+    crosscoder: Crosscoder,
+    normalized: Acts,
+    pre_acts: Latents,
+    code: Code,
+    batch: _Batch,
+    config: TrainConfig,
+) -> tuple[ReconstructionSums, dict[str, Scalar]]:
+    """Return the sums of the reconstruction and every part of the loss, a mean over the tokens given."""
+    sources = config.crosscoder.sources
+    recon = crosscoder.decode_normalized(code)
+    parts = {"loss/reconstruction": _reconstruction_loss(crosscoder, normalized, code, recon, config)}
+    if config.delta is not None:
+        parts["loss/delta"] = config.delta(crosscoder, normalized - recon, config.loss)
+    is_gated = isinstance(config.crosscoder.sparsity, Gated)
+    if config.l1 is not None:
+        penalised, norms = code, crosscoder.penalty_weights()
+        if is_gated:  # it closes gates and shrinks no decoder, whose gains would make up for it without end
+            penalised, norms = jax.nn.relu(pre_acts), lax.stop_gradient(norms)
+        parts["loss/l1"] = config.l1(penalised, norms, batch.step)
+    if is_gated:
+        parts["loss/gate"] = gate_loss(crosscoder, pre_acts, normalized, config.loss)
+    if config.l0 is not None:
+        parts["loss/l0"] = config.l0(crosscoder, pre_acts, batch.step)
+    if config.aux_k is not None and batch.is_dead is not None:
+        with jax.named_scope("aux_k"):
+            parts["loss/aux_k"] = config.aux_k(
+                crosscoder, pre_acts, normalized - recon, batch.is_dead, spread=batch.spread
+            )
+    return reconstruction_sums(normalized, recon, sources), parts
+
+
+def _reconstruction_loss(
+    crosscoder: Crosscoder, normalized: Acts, code: Code, recon: Acts, config: TrainConfig
+) -> Scalar:
+    if config.matryoshka is None:
+        return config.loss(normalized - recon, config.crosscoder.sources)
+    return config.matryoshka(crosscoder, normalized, code, recon, config.loss)
+
+
+def _is_dead(since_fired: Int[Array, "latent"], config: TrainConfig) -> Bool[Array, "latent"] | None:
+    return None if config.aux_k is None else since_fired >= config.aux_k.dead_after_tokens
+
+
+def _count_silence(since_fired: Array, sparse: SparseCode, num_tokens: int) -> Array:
+    silent = jnp.minimum(since_fired + num_tokens, TOKENS_CAP)
+    return jnp.where(fired_counts(sparse.code) > 0, 0, silent)
