@@ -16,7 +16,7 @@ from crosscoder_jax.typing import Progress
 PARTS = ("selection", "aux_k", "update", "dot_general")
 """Scopes of the step in the order in which an operation is told to one; dot_general is the products."""
 SELECTION_PASSES = 9
-"""Assumed passes of BatchTopK's search over the scores; how many it takes depends on them and on the guess."""
+"""Assumed passes of BatchTopK's search; how many it takes depends on the scores and on the guess."""
 
 
 @dataclasses.dataclass(frozen=True)
