@@ -142,9 +142,9 @@ class Shardings:
     per_group_gl: P | None = None
     replicated: P | None = None
     moments_wl: P | None = None
-    """Of the optimiser's moments of the encoder; ``None`` where they lie as it does."""
+    """Of the optimiser's moments of the encoder."""
     moments_lw: P | None = None
-    """The same of the decoder."""
+    """Of those of the decoder."""
 
     @classmethod
     def data_latent(
@@ -158,9 +158,10 @@ class Shardings:
             is_optimizer_spread: whether the moments of encoder and decoder are spread over the data, too, by
                 their width.
         """
+        of_moments = data if is_optimizer_spread else None
         return cls(
-            moments_wl=P(data, latent) if is_optimizer_spread else None,
-            moments_lw=P(latent, data) if is_optimizer_spread else None,
+            moments_wl=P(of_moments, latent),
+            moments_lw=P(latent, of_moments),
             acts_bw=P(data, None),
             code_bl=P(data, latent),
             w_enc_wl=P(None, latent),

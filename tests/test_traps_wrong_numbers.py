@@ -29,10 +29,11 @@ from crosscoder_jax.sharding import Shardings, make_mesh
 from crosscoder_jax.sparsity import BatchTopK, SparseCode
 from crosscoder_jax.training.checkpoint import Checkpoints
 from crosscoder_jax.training.evaluate import evaluate
+from crosscoder_jax.training.gradients import _count_silence
 from crosscoder_jax.training.laws import CorrectedThreshold, RunningMean
 from crosscoder_jax.training.state import init_state
 from crosscoder_jax.training.statistics import data_statistics
-from crosscoder_jax.training.step import _count_silence, eval_step, train_step
+from crosscoder_jax.training.step import eval_step, train_step
 
 BATCH = 32
 RECIPE = recipe(aux_k=AuxK(0.5, k_aux=4, dead_after_tokens=BATCH), sparsity=BatchTopK(k=0.25), warmup_steps=0)

@@ -87,12 +87,12 @@ def step_table(plan: Plan) -> Table | None:
 
 
 LEGEND = (
-    "mesh: shards of the batch x shards of the latents.  pre-acts: one float32 array [batch, latent], a part "
-    "of the temporaries.  data MB, latent MB: what collectives over that axis leave on a chip.  XLA ms: its "
-    "optimal_seconds.  step ms: that and what it leaves out, further passes of float32 products and of the "
-    f"selection's search ({SELECTION_PASSES}).  peak: FLOPs of the dense step, 10 x latents x width a token, "
-    "of what the chips can do in bfloat16 in that time.  select: share of the compiler's cycles.  MB/s: what "
-    "the store must deliver to each host."
+    "mesh: shards of the batch x shards of the latents.  pre-acts: what the encoder puts out, a part of the "
+    "temporaries.  data MB, latent MB: what collectives over that axis leave on a chip.  XLA ms: its "
+    "optimal_seconds.  step ms: that and what it leaves out, further passes of float32 products, of the "
+    f"selection's search ({SELECTION_PASSES}) and of other loops.  peak: FLOPs of the dense step, 10 x "
+    "latents x width a token, of what the chips can do in bfloat16 in that time.  select: share of the "
+    "compiler's cycles.  MB/s: what the store must deliver to each host."
 )
 """What the columns are."""
 

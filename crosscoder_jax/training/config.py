@@ -73,7 +73,7 @@ class TrainConfig:
     micro_batches: int = 1
     """Parts of a batch that are decoded one after the other, of BatchTopK alone: less memory for codes and
     their gradients, and the same step, since what is kept is decided over the whole batch. AuxK then decodes
-    it once more."""
+    it once more, and shards of the data send their gradients for each part."""
     pre_acts: Literal["full", "bfloat16"] = "full"
     """What the encoder's output is kept in while training: the weights' dtype, or bfloat16 for half of that,
     in which scores of a latent closer than a 256th are one."""

@@ -1,5 +1,6 @@
 """What a step minimises, and its gradient: of a whole batch at once, or part by part in less memory."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,10 @@ class _Batch(NamedTuple):
     """Of the residuals of all tokens; ``None`` takes that of the tokens given."""
 
 
+_PartSums = tuple[tuple[Array | np.ndarray | np.floating, ...], dict[str, Scalar]]
+"""Sums of the reconstruction, in their order, and parts of the loss."""
+
+
 def gradients(state: TrainState, normalized: Acts, config: TrainConfig) -> tuple[Scalar, Forward, nnx.State]:
     """Return the loss of a batch, what its forward pass leaves, and the gradient of the parameters.
 
@@ -69,60 +74,71 @@ def _gradients_by_parts(
 
     Pre-activations are kept of the whole batch, over which is decided what the code keeps.
     """
-    number = config.micro_batches
     crosscoder = nnx.merge(state.graphdef, state.params, state.fixed)
     pre_acts = _pre_acts(crosscoder, normalized, config)
     sparse = _select(crosscoder, pre_acts, state)
     since_fired = _count_silence(state.tokens_since_fired, sparse, len(normalized))
     # What lies above the next smaller number is what reaches the cut.
     below = jnp.nextafter(sparse.smallest_score, jnp.zeros_like(sparse.smallest_score))
-
-    def spread() -> Scalar:
-        def add(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            code = crosscoder.inference_code(_part(pre_acts, index, number), threshold=below)
-            residual = _part(normalized, index, number) - crosscoder.decode_normalized(code)
-            return sums[0] + jnp.sum(residual, axis=0), sums[1] + jnp.sum(jnp.square(residual))
-
-        nothing = jnp.zeros_like(crosscoder.b_dec[...]), jnp.zeros((), normalized.dtype)
-        total, energy = lax.fori_loop(0, number, add, nothing)
-        return (energy - jnp.sum(jnp.square(total)) / len(normalized)) / len(normalized)
-
     batch = _Batch(state.step, _is_dead(since_fired, config), None)
     if batch.is_dead is not None:
-        some = jnp.any(batch.is_dead)
-        batch = batch._replace(spread=lax.cond(some, spread, lambda: jnp.zeros((), normalized.dtype)))
-
-    def objective(params: nnx.State, pre_acts: Latents, normalized: Acts) -> tuple[Scalar, _PartSums]:
-        crosscoder = nnx.merge(state.graphdef, params, state.fixed)
-        code = crosscoder.inference_code(pre_acts, threshold=below)
-        sums, parts = _losses(crosscoder, normalized, pre_acts, code, batch, config)
-        parts = {name: loss / number for name, loss in parts.items()}
-        plain = sums.tokens, sums.total, sums.energy, sums.error
-        return jax.tree.reduce(jnp.add, parts), lax.stop_gradient((plain, parts))
-
-    def of_part(index: Array) -> tuple[nnx.State, _PartSums]:
-        acts = _part(normalized, index, number)
-
-        def encode(params: nnx.State) -> Latents:
-            return _pre_acts(nnx.merge(state.graphdef, params, state.fixed), acts, config)
-
-        differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
-        (grads, of_pre_acts), sums = differentiate(state.params, _part(pre_acts, index, number), acts)
-        (of_encoder,) = jax.vjp(encode, state.params)[1](of_pre_acts)
-        return jax.tree.map(jnp.add, grads, of_encoder), sums
+        measure = functools.partial(_spread, crosscoder, pre_acts, normalized, below, config)
+        nothing = functools.partial(jnp.zeros, (), normalized.dtype)
+        batch = batch._replace(spread=lax.cond(jnp.any(batch.is_dead), measure, nothing))
 
     def add(grads: nnx.State, index: Array) -> tuple[nnx.State, _PartSums]:
-        more, sums = of_part(index)
+        encoded, acts = (_part(values, index, config.micro_batches) for values in (pre_acts, normalized))
+        more, sums = _part_gradients(state, encoded, acts, below, batch, config)
         return jax.tree.map(jnp.add, grads, more), sums
 
     nothing = jax.tree.map(jnp.zeros_like, state.params)
-    grads, of_parts = lax.scan(add, nothing, jnp.arange(number))
+    grads, of_parts = lax.scan(add, nothing, jnp.arange(config.micro_batches))
     sums, parts = jax.tree.map(lambda of_part: jnp.sum(of_part, axis=0), of_parts)
     forward = Forward(ReconstructionSums(*sums), l0(sparse.code), sparse.smallest_score, since_fired, parts)
     return jax.tree.reduce(jnp.add, parts), forward, grads
 
 
-_PartSums = tuple[tuple[Array | np.ndarray | np.floating, ...], dict[str, Scalar]]
+def _part_gradients(
+    state: TrainState,
+    pre_acts: Latents,
+    normalized: Acts,
+    below: Threshold,
+    batch: _Batch,
+    config: TrainConfig,
+) -> tuple[nnx.State, _PartSums]:
+    """Return what some tokens of a batch add to the gradient, to its sums and to the parts of its loss."""
+
+    def objective(params: nnx.State, pre_acts: Latents) -> tuple[Scalar, _PartSums]:
+        crosscoder = nnx.merge(state.graphdef, params, state.fixed)
+        code = crosscoder.inference_code(pre_acts, threshold=below)
+        sums, parts = _losses(crosscoder, normalized, pre_acts, code, batch, config)
+        parts = {name: loss / config.micro_batches for name, loss in parts.items()}
+        plain = sums.tokens, sums.total, sums.energy, sums.error
+        return jax.tree.reduce(jnp.add, parts), lax.stop_gradient((plain, parts))
+
+    def encode(params: nnx.State) -> Latents:
+        return _pre_acts(nnx.merge(state.graphdef, params, state.fixed), normalized, config)
+
+    differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
+    (grads, of_pre_acts), sums = differentiate(state.params, pre_acts)
+    (of_encoder,) = jax.vjp(encode, state.params)[1](of_pre_acts)
+    return jax.tree.map(jnp.add, grads, of_encoder), sums
+
+
+def _spread(
+    crosscoder: Crosscoder, pre_acts: Latents, normalized: Acts, below: Threshold, config: TrainConfig
+) -> Scalar:
+    """Return the mean squared distance of the residuals of a batch from their mean."""
+    number, num_tokens = config.micro_batches, len(normalized)
+
+    def add(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        code = crosscoder.inference_code(_part(pre_acts, index, number), threshold=below)
+        residual = _part(normalized, index, number) - crosscoder.decode_normalized(code)
+        return sums[0] + jnp.sum(residual, axis=0), sums[1] + jnp.sum(jnp.square(residual))
+
+    nothing = jnp.zeros_like(crosscoder.b_dec[...]), jnp.zeros((), normalized.dtype)
+    total, energy = lax.fori_loop(0, number, add, nothing)
+    return (energy - jnp.sum(jnp.square(total)) / num_tokens) / num_tokens
 
 
 def _part(values: Array, index: Array, number: int) -> Array:
