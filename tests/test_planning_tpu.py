@@ -56,8 +56,8 @@ def test_the_update_stays_in_the_layout_of_the_weights(programs):
 
 
 def test_what_does_not_fit_is_told_by_the_compiler():
-    # 2^18 latents of width 512 are 3 GiB of state on the chip of 16, their codes of 2^13 tokens 8 GiB each.
-    large = dataclasses.replace(CONFIG, num_latents=2**18, batch_size=2**13, meshes=((1, 1),))
+    # 2^18 latents of width 512 are 3 GiB of state on the chip of 16, their codes of 2^14 tokens 16 GiB each.
+    large = dataclasses.replace(CONFIG, num_latents=2**18, batch_size=2**14, meshes=((1, 1),))
     made = make_plan(large)
     assert not made.meshes[0].is_fitting
     assert re.fullmatch(r"temporaries of [\d.]+G, 15\.\d+G there", made.meshes[0].reason)
