@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import crosscoder_jax as cc
-from crosscoder_jax.commands import Train
+from crosscoder_jax.commands import Plan, Train
 
 STORED = cc.Sources((cc.Source("base", 6), cc.Source("chat", 6)))
 
@@ -113,3 +113,17 @@ def test_how_to_begin_needs_what_to_begin_with(options):
 def test_settings_of_groups_that_are_not_there_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         recipe(**options)
+
+
+def test_what_saves_memory_reaches_the_recipe_and_the_plan():
+    given = {
+        "first_moment": "bfloat16",
+        "second_moment": "factored",
+        "micro_batches": 4,
+        "pre_acts": "bfloat16",
+    }
+    plan = Plan(topology="cpu:8", sources="6,6", is_optimizer_spread=True, **given).config()
+    for made in (recipe(**given), plan.recipe()):
+        assert made.optimizer == cc.Adam(first_moment="bfloat16", second_moment="factored")
+        assert (made.micro_batches, made.pre_acts) == (4, "bfloat16")
+    assert plan.is_optimizer_spread
