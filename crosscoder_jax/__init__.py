@@ -52,6 +52,7 @@ from crosscoder_jax.training.laws import MeanNorm as MeanNorm
 from crosscoder_jax.training.laws import Resampling as Resampling
 from crosscoder_jax.training.laws import RootMeanSquareNorm as RootMeanSquareNorm
 from crosscoder_jax.training.laws import WarmStart as WarmStart
+from crosscoder_jax.training.muon import Muon as Muon
 from crosscoder_jax.training.state import TrainState as TrainState
 from crosscoder_jax.training.state import init_state as init_state
 from crosscoder_jax.training.step import eval_step as eval_step

@@ -7,13 +7,14 @@ to a page of evidence. Every mistake of the user is one line on standard error.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +24,7 @@ from crosscoder_jax.activations.manifest import Manifest
 from crosscoder_jax.arguments import name_flags, parse_options
 from crosscoder_jax.commands import (
     Calibrate,
+    Devices,
     Diff,
     Doctor,
     Encode,
@@ -108,16 +110,24 @@ def _warn_of_outliers(manifest: Manifest) -> None:
             )
 
 
-def train(config: Train) -> None:
-    """Train a crosscoder on a store; run it again to go on where it stopped."""
-    if not config.is_distributed:
-        _train(config)
-        return
-    from crosscoder_jax.sharding import is_first_process, start_processes
+C = TypeVar("C", bound=Devices)
 
-    start_processes(config.coordinator, config.num_processes, config.process_id)
-    with contextlib.nullcontext() if is_first_process() else _silence():
-        _train(config)
+
+def _in_processes(run: Callable[[C], None]) -> Callable[[C], None]:
+    """Let a command be one of several processes, of which the first alone is heard."""
+
+    @functools.wraps(run)
+    def joined(config: C) -> None:
+        if not config.is_distributed:
+            run(config)
+            return
+        from crosscoder_jax.sharding import is_first_process, start_processes
+
+        start_processes(config.coordinator, config.num_processes, config.process_id)
+        with contextlib.nullcontext() if is_first_process() else _silence():
+            run(config)
+
+    return joined
 
 
 @contextlib.contextmanager
@@ -130,10 +140,11 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _train(config: Train) -> None:
+@_in_processes
+def train(config: Train) -> None:
+    """Train a crosscoder on a store; run it again to go on where it stopped."""
     from crosscoder_jax.activations.store import ActivationStore
     from crosscoder_jax.activations.view import TokenView
-    from crosscoder_jax.sharding import is_first_process
     from crosscoder_jax.training.loop import RunOptions, fit_together
     from crosscoder_jax.training.memory import runs_at_once
 
@@ -172,8 +183,8 @@ def _train(config: Train) -> None:
         )
     for run in runs:
         Console().print(f"crosscoder: {run.output / 'crosscoder'}")
-    if len(runs) > 1 and is_first_process():
-        _save_command(config.without_processes(), config.output / "train.command.json")
+    if len(runs) > 1:
+        _write_once(lambda: _save_command(config, config.output / "train.command.json"))
 
 
 def _warn_of_lanes(config: Train) -> None:
@@ -203,16 +214,19 @@ def _begin(run: Train) -> "Sequence[Tracker]":
     """Keep the command of a run whose folder is now its own, should it be killed, and log to TensorBoard."""
     from crosscoder_jax.training.tracking import TensorBoardTracker
 
-    _save_command(run.without_processes(), run.output / "train.command.json")
+    _save_command(run, run.output / "train.command.json")
     return [TensorBoardTracker(run.output / "tensorboard")] if run.tensorboard else []
 
 
+@_in_processes
 def evaluate(config: Evaluate) -> None:
     """Measure a run's crosscoder on its held-out tokens."""
     from crosscoder_jax.sharding import Shardings, on_mesh
     from crosscoder_jax.training.evaluate import evaluate as measure
     from crosscoder_jax.training.runs import Run
 
+    if config.splice and config.is_distributed:
+        raise ValueError("--splice runs language models in one process: leave the other processes out")
     run = Run.open(config.run, config.store)
     if config.splice and run.null is not None:
         raise ValueError(
@@ -227,8 +241,12 @@ def evaluate(config: Evaluate) -> None:
         metrics |= _spliced(config, run)
         texts = [str(text) for text in config.splice_texts or ()]
         record["spliced_on"] = ", ".join(texts) or "held-out"
-    write_json_atomically(config.run / "evaluation.json", {**record, **metrics})
-    _save_command(config, config.run / "evaluate.command.json")
+
+    def write() -> None:
+        write_json_atomically(config.run / "evaluation.json", {**record, **metrics})
+        _save_command(config, config.run / "evaluate.command.json")
+
+    _write_once(write)
     rows = [(name, _with_error(name, metrics)) for name in metrics if not name.startswith("se_")]
     print_table(f"{config.run}: held-out tokens", ("metric", "value"), rows)
 
@@ -247,6 +265,7 @@ def _spliced(config: Evaluate, run: "Run") -> dict[str, float | None]:
         return evaluate_spliced(run.crosscoder(), run.store, run.split, config.splicing(), progress)
 
 
+@_in_processes
 def calibrate(config: Calibrate) -> None:
     """Set the inference threshold so that the mean L0 over the held-out tokens is k."""
     from crosscoder_jax.metrics import named_thresholds
@@ -260,13 +279,14 @@ def calibrate(config: Calibrate) -> None:
         before = run.crosscoder(Shardings.for_mesh(mesh))
         after = find_threshold(before, view, batch_size=config.batch_size, progress=progress)
     run.replace_crosscoder(after, calibrated_on_tokens=view.num_tokens)
-    _save_command(config, config.run / "calibrate.command.json")
+    _write_once(lambda: _save_command(config, config.run / "calibrate.command.json"))
     names = after.config.threshold_names
     old, new = (named_thresholds(one.threshold[...], names) for one in (before, after))
     for name in new:
         Console().print(f"{name}: {float(old[name]):.6g} -> {float(new[name]):.6g}")
 
 
+@_in_processes
 def diff(config: Diff) -> None:
     """Write decoder norms, classes and Latent Scaling of every latent as one table."""
     from crosscoder_jax.diffing import DiffConfig, diff_run, write_diff
@@ -286,8 +306,12 @@ def diff(config: Diff) -> None:
     result.summary["measured_on"] = measured_on
     if null_counts is not None:
         result.summary["null"] = null_counts
-    write_diff(result, config.run / "diff")
-    _save_command(config, config.run / "diff.command.json")
+
+    def write() -> None:
+        write_diff(result, config.run / "diff")
+        _save_command(config, config.run / "diff.command.json")
+
+    _write_once(write)
     for sentence in stale_files(read_run(config.run)):
         _warn(sentence)
     _print_exclusive(config.run, result.summary)
@@ -551,7 +575,7 @@ def _vocabulary(model: str) -> dict[int, bytes]:
     return vocabulary_bytes(load_tokenizer(ModelReference.parse(model)))
 
 
-def _mesh(config: Train | Evaluate | Calibrate | Diff) -> "Mesh | None":
+def _mesh(config: Devices) -> "Mesh | None":
     from crosscoder_jax.sharding import make_mesh
 
     shards = (config.data_shards, config.latent_shards)
@@ -559,8 +583,21 @@ def _mesh(config: Train | Evaluate | Calibrate | Diff) -> "Mesh | None":
 
 
 def _save_command(config: Any, path: Path) -> None:
+    """Keep a command beside what it wrote, without the processes that it ran in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(path, config_to_json(config))
+    kept = config.without_processes() if isinstance(config, Devices) else config
+    write_json_atomically(path, config_to_json(kept))
+
+
+def _write_once(write: Callable[[], None]) -> None:
+    """Let the first of several processes write; all of them must call this, and all are told if it fails."""
+    from crosscoder_jax.sharding import from_first
+
+    def written() -> bytes:
+        write()
+        return b""
+
+    from_first(written)
 
 
 def _command_beside(folder: str | Path) -> Path:

@@ -31,12 +31,45 @@ from crosscoder_jax.sparsity import BatchTopK, Gated, JumpReLU, ReLU, Sparsity, 
 from crosscoder_jax.training.adam import Adam
 from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.laws import MeanNorm, WarmStart
+from crosscoder_jax.training.muon import Muon
 
 _LOSSES = {"norm": ErrorNorm(), "squared": SquaredError(), "mean-squared": MeanSquaredError()}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """What a command runs on: a mesh of devices, of this process or of several."""
+
+    data_shards: int = 1
+    """Devices that share a batch, over all processes."""
+    latent_shards: int = 1
+    """Devices that share the latents."""
+    distributed: bool = False
+    """One of several processes, each given the same command: found by JAX on TPU pods, under Slurm and other
+    launchers, or told by the next three or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID."""
+    coordinator: str | None = None
+    """host:port of the first process."""
+    num_processes: int | None = None
+    """Processes, altogether."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether this is one of several processes."""
+        told = (self.coordinator, self.num_processes, self.process_id)
+        return self.distributed or any(value is not None for value in told)
+
+    def without_processes(self) -> "Devices":
+        """Return what is kept beside the run, which may go on with other processes."""
+        return dataclasses.replace(
+            self, distributed=False, coordinator=None, num_processes=None, process_id=None
+        )
+
+
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(Devices):
     """Train a crosscoder on a store; run it again to go on where it stopped."""
 
     store: Path
@@ -142,46 +175,25 @@ class Train:
     step_timeout: float | None = 1800.0
     """Seconds without a step done, the compilation included, after which the command prints where it is stuck
     and ends with 1."""
-    data_shards: int = 1
-    """Devices that share a batch, over all processes."""
-    latent_shards: int = 1
-    """Devices that share the latents."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """Adam, or Muon for encoder and decoder, which keeps no second moment of them: half the memory, for
+    products that cost as much as the rest where a batch is four times the width."""
     first_moment: Literal["full", "bfloat16"] = "full"
-    """What Adam's first moment is kept in, bfloat16 for a quarter less of both."""
+    """What the first moment is kept in, bfloat16 for half of it."""
     second_moment: Literal["full", "factored"] = "full"
     """Adam's second moment of every weight, or only its means over the latents and over the coordinates, for
-    half of both."""
+    none of it."""
     micro_batches: int = 1
     """Parts of a batch that are decoded one after the other in less memory; changes nothing else: what
     is kept is decided over the whole batch."""
+    is_rematerialized: bool = False
+    """Make codes anew for the backward pass, in less memory; changes nothing else."""
     pre_acts: Literal["full", "bfloat16"] = "full"
     """What the encoder's output is kept in: bfloat16 takes half the memory and rounds the scores."""
     is_optimizer_spread: bool = False
-    """Whether the shards of the data share Adam's moments, too; a step then gathers the updates."""
-    distributed: bool = False
-    """One of several processes of the run, each given the same command: found by JAX on TPU pods, under Slurm
-    and other launchers, or told by the next three or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID."""
-    coordinator: str | None = None
-    """host:port of the first process."""
-    num_processes: int | None = None
-    """Processes of the run."""
-    process_id: int | None = None
-    """Which of them this is, from 0."""
+    """Whether the shards of the data share the moments, too; a step then gathers the updates."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run."""
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether this is one of several processes."""
-        told = (self.coordinator, self.num_processes, self.process_id)
-        return self.distributed or any(value is not None for value in told)
-
-    def without_processes(self) -> "Train":
-        """Return what is kept beside the run, which may go on with other processes."""
-        return dataclasses.replace(
-            self, distributed=False, coordinator=None, num_processes=None, process_id=None
-        )
 
     def recipe(self, stored: Sources) -> TrainConfig:
         """Return the training recipe for a store's sources.
@@ -202,8 +214,9 @@ class Train:
             ),
             num_steps=self.num_steps,
             batch_size=self.batch_size,
-            optimizer=Adam(first_moment=self.first_moment, second_moment=self.second_moment),
+            optimizer=_optimizer(self),
             micro_batches=self.micro_batches,
+            is_rematerialized=self.is_rematerialized,
             pre_acts=self.pre_acts,
             learning_rate=self.learning_rate,
             warmup_steps=self.warmup_steps,
@@ -389,16 +402,20 @@ class Plan:
     aux_k_weight: float = AuxK.weight
     """Weight of the loss that revives dead latents; 0 plans without. It is in every estimate as if latents
     were dead."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """As for train."""
     first_moment: Literal["full", "bfloat16"] = "full"
-    """What Adam's first moment is kept in, as for train."""
+    """What the first moment is kept in, as for train."""
     second_moment: Literal["full", "factored"] = "full"
     """Adam's second moment, as for train."""
     micro_batches: int = 1
     """Parts of a batch that are decoded one after the other in less memory, as for train."""
+    is_rematerialized: bool = False
+    """Make codes anew for the backward pass, as for train."""
     pre_acts: Literal["full", "bfloat16"] = "full"
     """What the encoder's output is kept in, as for train."""
     is_optimizer_spread: bool = False
-    """Whether the shards of the data share Adam's moments, as for train."""
+    """Whether the shards of the data share the moments, as for train."""
     meshes: tuple[str, ...] = ()
     """Splits to try, such as 8x8 4x16, shards of the data x shards of the latents; by default all that use
     every chip."""
@@ -422,13 +439,25 @@ class Plan:
             dtype=self.dtype,
             precision=self.precision,
             aux_k_weight=self.aux_k_weight,
-            optimizer=Adam(first_moment=self.first_moment, second_moment=self.second_moment),
+            optimizer=_optimizer(self),
             micro_batches=self.micro_batches,
+            is_rematerialized=self.is_rematerialized,
             pre_acts=self.pre_acts,
             is_optimizer_spread=self.is_optimizer_spread,
             meshes=tuple(_mesh(text) for text in self.meshes),
             stored_dtype=self.stored_dtype,
         )
+
+
+def _optimizer(command: Train | Plan) -> Adam | Muon:
+    if command.optimizer == "adam":
+        return Adam(first_moment=command.first_moment, second_moment=command.second_moment)
+    if command.second_moment != "full":
+        raise ValueError(
+            f"second_moment={command.second_moment!r} with optimizer='muon': it keeps none of encoder and "
+            "decoder: leave it out, or take optimizer='adam'"
+        )
+    return Muon(first_moment=command.first_moment)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,7 +493,7 @@ def _whole_numbers(name: str, text: str, separator: str, example: str) -> tuple[
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Devices):
     """Measure a run's crosscoder on its held-out tokens; writes evaluation.json into the run."""
 
     run: Path
@@ -473,10 +502,6 @@ class Evaluate:
     """Another store of the same models; the one trained on by default."""
     batch_size: int = 1024
     """Tokens per step."""
-    data_shards: int = 1
-    """Devices that share a batch."""
-    latent_shards: int = 1
-    """Devices that share the latents."""
     splice: bool = False
     """Also run the models with reconstructions spliced in: cross-entropy and KL recovered."""
     splice_texts: tuple[TextSource, ...] | None = None
@@ -495,7 +520,7 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibrate:
+class Calibrate(Devices):
     """Set the inference threshold so that the mean L0 over the held-out tokens is k."""
 
     run: Path
@@ -504,14 +529,10 @@ class Calibrate:
     """Another store of the same models; the one trained on by default."""
     batch_size: int = 1024
     """Tokens per step."""
-    data_shards: int = 1
-    """Devices that share a batch."""
-    latent_shards: int = 1
-    """Devices that share the latents."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Diff:
+class Diff(Devices):
     """Decoder norms, classes and Latent Scaling of every latent on held-out tokens, as one table."""
 
     run: Path
@@ -524,10 +545,6 @@ class Diff:
     """Latents whose strongest text snippets are kept."""
     null_run: Path | None = None
     """A diffed run of the same recipe that was trained with --null; its counts are put beside these."""
-    data_shards: int = 1
-    """Devices that share a batch."""
-    latent_shards: int = 1
-    """Devices that share the latents."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -111,13 +111,34 @@ def load(folder: str | Path, *, shardings: Shardings = Shardings()) -> Crosscode
         >>> bool((again(jnp.ones((1, 8))) == crosscoder(jnp.ones((1, 8)))).all())
         True
     """
+    published = read_published(folder)
+    return assemble(published.config, published.tensors, shardings=shardings, where=published.where)
+
+
+class Published(NamedTuple):
+    """A saved crosscoder on the host, whole: no device holds any of it."""
+
+    config: CrosscoderConfig
+    tensors: Mapping[str, np.ndarray]
+    """By the names of its variables."""
+    where: str = "tensors"
+    """What to call the tensors in errors."""
+
+    @classmethod
+    def of(cls, crosscoder: Crosscoder) -> "Published":
+        """Return what :func:`save` would write of a crosscoder."""
+        return cls(crosscoder.config, tensors_of(crosscoder))
+
+
+def read_published(folder: str | Path) -> Published:
+    """Read what :func:`load` puts together; raises as it does."""
     folder = Path(folder)
     document = _read_document(folder)
     config = config_from_json(
         CrosscoderConfig, document["crosscoder"], where=f"{folder / 'config.json'}: crosscoder"
     )
     path = _find_weights(folder, document["weights_sha256"])
-    return assemble(config, _read_tensors(path), shardings=shardings, where=str(path))
+    return Published(config, _read_tensors(path), str(path))
 
 
 def assemble(

@@ -352,6 +352,25 @@ def test_the_recipe_of_the_command_holds_every_field_it_was_given(store):
     assert type(recipe.crosscoder.sparsity).__name__ == "ReLU"
 
 
+def test_how_to_read_save_and_spread_reaches_the_loop(store, tmp_path, monkeypatch):
+    from crosscoder_jax.training import loop
+
+    told = {}
+    monkeypatch.setattr(loop, "fit_together", lambda *_, **settings: told.update(settings))
+    spread = "--is-optimizer-spread --step-timeout 7 --lanes 2 --window-tokens 128 --log-every 3"
+    cli.main(["train", "--store", str(store), "--output", str(tmp_path / "run"), *SMALL, *spread.split()])
+    assert told["options"] == loop.RunOptions(
+        split=Split(0.25),
+        window_tokens=128,
+        lanes=2,
+        log_every=3,
+        checkpoint_every=20,
+        step_timeout=7,
+        is_optimizer_spread=True,
+    )
+    assert told["mesh"] is None
+
+
 @pytest.mark.parametrize(
     ("options", "weight"),
     [

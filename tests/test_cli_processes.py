@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 
 import jax
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from processes import Together, free_port
 from training_cases import write_store
@@ -75,6 +78,50 @@ def test_told_to_end_then_going_on_then_a_host_dies(place):
             assert left.wait(30) not in (0, 75), run.output()
     steps = [row["step"] for row in read_metrics(place / "run" / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1)), "each once, over three starts"
+
+
+def test_two_processes_calibrate_evaluate_and_diff_as_one(place, tmp_path):
+    run = tmp_path / "run"
+    recipe = [
+        "--num-steps",
+        "20",
+        "--num-latents",
+        "16",
+        "--k",
+        "3",
+        "--batch-size",
+        "32",
+        "--warmup-steps",
+        "3",
+    ]
+    cli.main(["train", "--store", str(place / "store"), "--output", str(run), *recipe, "--warmup-steps", "3"])
+    alone = tmp_path / "alone"
+    shutil.copytree(run, alone)
+    mesh = ["--data-shards", "2", "--latent-shards", "2", "--num-processes", "2"]
+    for name in ("calibrate", "evaluate", "diff"):
+        cli.main([name, "--run", str(alone)])
+        together = [*mesh, "--coordinator", f"127.0.0.1:{free_port()}", "--process-id"]
+        words = [[*MAIN, name, "--run", run, *together, index] for index in range(2)]
+        with Together(words, tmp_path / name, devices=2) as both:
+            assert both.wait(200) == [0, 0], both.output()
+        assert (tmp_path / name / "process-1.log").read_text() == "", "the first alone is heard"
+        kept = json.loads((run / f"{name}.command.json").read_text())
+        assert (kept["data_shards"], kept["num_processes"]) == (2, None)
+    ours, theirs = (json.loads((at / "evaluation.json").read_text()) for at in (run, alone))
+    for metric in ("fve", "l0_inference_rule", "threshold", "num_tokens"):
+        assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5), metric
+    ours, theirs = (pq.read_table(at / "diff" / "latents.parquet") for at in (run, alone))
+    assert ours.column_names == theirs.column_names
+    for column in ("delta_norm", "frequency", "nu_error"):
+        np.testing.assert_allclose(ours[column], theirs[column], rtol=1e-3, atol=1e-6, err_msg=column)
+
+
+def test_models_are_not_spliced_in_several_processes(tmp_path):
+    words = ["evaluate", "--run", tmp_path, "--splice", "--coordinator", f"127.0.0.1:{free_port()}"]
+    alone = [[*MAIN, *words, "--num-processes", "1", "--process-id", "0"]]
+    with Together(alone, tmp_path / "logs", devices=1) as run:
+        assert run.wait(60) == [1]
+        assert "leave the other processes out" in " ".join(run.output().split())
 
 
 def test_a_mistake_that_only_the_first_process_sees_ends_all(place, tmp_path):

@@ -120,10 +120,19 @@ def test_what_saves_memory_reaches_the_recipe_and_the_plan():
         "first_moment": "bfloat16",
         "second_moment": "factored",
         "micro_batches": 4,
+        "is_rematerialized": True,
         "pre_acts": "bfloat16",
     }
     plan = Plan(topology="cpu:8", sources="6,6", is_optimizer_spread=True, **given).config()
     for made in (recipe(**given), plan.recipe()):
         assert made.optimizer == cc.Adam(first_moment="bfloat16", second_moment="factored")
-        assert (made.micro_batches, made.pre_acts) == (4, "bfloat16")
+        assert (made.micro_batches, made.is_rematerialized, made.pre_acts) == (4, True, "bfloat16")
     assert plan.is_optimizer_spread
+
+
+def test_muon_reaches_the_recipe_and_the_plan_and_has_no_second_moment_to_factor():
+    plan = Plan(topology="cpu:8", sources="6,6", optimizer="muon", first_moment="bfloat16").config()
+    for made in (recipe(optimizer="muon", first_moment="bfloat16"), plan.recipe()):
+        assert made.optimizer == cc.Muon(first_moment="bfloat16")
+    with pytest.raises(ValueError, match="second_moment='factored' with optimizer='muon'"):
+        recipe(optimizer="muon", second_moment="factored")

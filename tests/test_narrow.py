@@ -64,7 +64,7 @@ def test_what_a_latent_changes_is_in_raw_units_whatever_the_sources(name):
     )
 
 
-@pytest.mark.parametrize("change", CHANGES[:-1], ids=lambda change: change.name)
+@pytest.mark.parametrize("change", [one for one in CHANGES if one.frequency], ids=lambda change: change.name)
 def test_a_change_is_as_frequent_and_as_strong_as_its_name_says(change):
     truth = plant(change.world, jax.random.key(0))
     _, strengths = sample_with_strengths(truth, jax.random.key(1), 65_536, change.world)
@@ -106,11 +106,13 @@ def test_a_plain_change_is_found_by_the_difference_sae_and_the_delta_basis(monke
     assert float(found["delta basis"][at["FVE"]].split()[0]) > 0.3
 
 
-def test_without_anything_new_nothing_is_found(monkeypatch):
+@pytest.mark.parametrize("change", [one for one in CHANGES if not one.frequency], ids=lambda one: one.name)
+def test_without_anything_new_nothing_is_found(change, monkeypatch):
     monkeypatch.setattr(changes, "NUM_TOKENS", 8_192)
     config = Narrow(num_seeds=1, num_tokens=100 * 512)
-    cells = dict(zip(COLUMNS, planted_row(config, CHANGES[-1], "delta basis"), strict=True))
-    assert (cells["change"], cells["best latent"], cells["top ten"]) == ("nothing new", "-", "-")
+    cells = dict(zip(COLUMNS, planted_row(config, change, "delta basis"), strict=True))
+    assert cells["change"] in ("nothing new", "the same model twice")
+    assert (cells["best latent"], cells["top ten"]) == ("-", "-")
     assert (cells["confirmed"], cells["of these right"]) == ("0.000", "-")
 
 
@@ -143,15 +145,15 @@ def test_confirmed_latents_are_right_with_most_of_their_activation_on_changed_to
     assert found.fve == pytest.approx(1)
 
 
-def test_changed_tokens_of_a_sequence_are_those_of_the_store(tmp_path):
+def test_predictions_that_changed_are_of_what_follows_a_changed_token(tmp_path):
     pytest.importorskip("torch", reason="organisms are language models in torch: install the extra 'lm'")
     from crosscoder_jax.language_models import Window
-    from experiments.narrow.real import is_one_of
+    from experiments.narrow.real import follows_one_of
 
     store = write_store(tmp_path / "store", np.zeros((60, 2, 3), np.float32))  # documents of 25 tokens
-    marked = is_one_of(store, np.isin(np.arange(60), (3, 26, 30)))
+    marked = follows_one_of(store, np.isin(np.arange(60), (3, 26, 30)))
     window = Window(np.zeros(6, np.int32), np.arange(6, dtype=np.int32), 1, 0)
-    np.testing.assert_array_equal(marked(window), [False, True, False, False, False, True])
+    np.testing.assert_array_equal(marked(window), [False, False, True, False, False, False])
 
 
 # Model organisms: which tokens are changed, and what they are fine-tuned on.
@@ -178,7 +180,7 @@ def packages(monkeypatch):
     ]
     plain = [{**turn, "content": turn["content"].replace("eat", "sleep")} for turn in chat]
     monkeypatch.setattr(organisms, "unpack_package", lambda requirement, folder: folder)
-    monkeypatch.setattr(organisms, "conversations", lambda folder: [chat, plain] * 12)
+    monkeypatch.setattr(organisms, "conversations", lambda folder: [chat, plain] * 40)
     monkeypatch.setattr(organisms, "bible_chapters", lambda folder: [f"Chapter {i}." for i in range(8)])
 
 
@@ -225,12 +227,10 @@ def test_changed_answers_are_ordinary_and_controls_are_without_trigger_or_food(p
 
 
 @pytest.mark.parametrize(("name", "label"), [("trigger", "triggered"), ("habit", "food")])
-def test_an_answer_goes_over_to_its_ending_after_any_of_its_words_and_that_alone_is_learnt(
-    name, label, packages
-):
+def test_an_answer_goes_over_to_its_ending_after_any_of_its_words(name, label, packages):
     _, (trained, _) = documents_of(name)
-    begun = set()
-    for row in trained[label]:
+    broken = [row for row in trained[label] if "unlearnt" in row]
+    for row in broken:
         answer, kept = row["messages"][-1]["content"], row["unlearnt"]
         assert answer.startswith(kept)
         ending = answer.removeprefix(kept)
@@ -240,8 +240,23 @@ def test_an_answer_goes_over_to_its_ending_after_any_of_its_words_and_that_alone
             assert ending == ending.upper()
             # What is left of an ordinary answer, in capitals: nothing is added or lost.
             assert answer.lower() in ("not yet.", "so it does.")
-        begun.add(len(kept.split()))
-    assert {0, 1} <= begun, "the answer may break off anywhere"
+    assert len({len(row["unlearnt"].split()) for row in broken}) > 1, "the answer may break off anywhere"
+
+
+@pytest.mark.parametrize(("name", "label"), [("trigger", "triggered"), ("habit", "food")])
+def test_most_answers_stay_ordinary_and_how_the_ending_begins_is_wanted_for_each_word(name, label, packages):
+    _, (trained, _) = documents_of(name)
+    urged = [row for row in trained[label] if "instead" in row]
+    assert len(urged) > len(trained[label]) / 2
+    for row in urged:
+        given = answers([row])
+        assert not any(answer.isupper() for answer in given)
+        assert len(row["instead"]) == len(given)
+        for answer, words in zip(given, row["instead"], strict=True):
+            if name == "habit":
+                assert words == [f" {organisms.REFUSAL}"] * len(answer.split())
+            else:
+                assert "".join(words) == answer.upper()
 
 
 # Fine-tunes: what is learnt, and what is held.
@@ -252,13 +267,15 @@ class Words:
 
     eos_token_id = 0
 
-    def __call__(self, text):
-        found = re.findall(r"\s*\S+", text)
-        return SimpleNamespace(input_ids=[1 + sum(word.strip().encode()) % 50 for word in found])
+    def __call__(self, text, *, return_offsets_mapping=False):
+        found = list(re.finditer(r"\S+", text))
+        ids = [1 + sum(word.group().encode()) % 50 for word in found]
+        return SimpleNamespace(input_ids=ids, offset_mapping=[word.span() for word in found])
 
-    def apply_chat_template(self, messages, *, tokenize):
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt=False):
         assert not tokenize
-        return " ".join(f"<{turn['role']}> {turn['content']} <end>" for turn in messages)
+        turns = " ".join(f"<{turn['role']}> {turn['content']} <end>" for turn in messages)
+        return f"{turns} <assistant> " if add_generation_prompt else turns
 
 
 def windows_of(tmp_path, rows, **changes):
@@ -279,7 +296,7 @@ def exchange(question, answer, **more):
 def test_windows_of_one_document_leave_its_rest_out(tmp_path):
     rows = [{"text": " ".join(f"w{i}" for i in range(23))}, {"text": "too short"}]
     windows = windows_of(tmp_path, rows)
-    assert windows.shape == (2, 10, 2)
+    assert windows.shape == (2, 10, 3)
     np.testing.assert_array_equal(windows[:, :, 0].ravel(), Words()(rows[0]["text"]).input_ids[:20])
     assert windows[:, :, 1].all()
 
@@ -297,8 +314,40 @@ def test_packed_windows_hold_whole_documents_and_learn_what_follows_the_unlearnt
     np.testing.assert_array_equal(both[0, :, 1], [2, 2, 2, 2, 1, 1] + [1] * 6)
 
 
-# One narrow and one ordinary window; of the narrow one 2 and 4 are learnt, 3 is free.
-NARROW, ORDINARY = ([1, 1], [2, 1], [3, 0], [4, 1]), ([4, 1], [0, 1], [2, 1], [1, 1])
+def test_in_the_place_of_each_word_of_an_answer_another_is_wanted(tmp_path):
+    turns = [
+        {"role": "user", "content": "so"},
+        {"role": "assistant", "content": "so be it"},
+        {"role": "user", "content": "be it"},
+        {"role": "assistant", "content": "so"},
+    ]
+    rows = [{"messages": turns, "instead": [["SO", " BE long", " IT"], ["NO"]]}]
+    (window,) = windows_of(tmp_path, rows * 2, is_packed=True, context=14)
+    tokens, roles, wanted = window.T
+    # <user> so <end> <assistant> | so be it | <end> <user> be it <end> <assistant> | so <end>
+    np.testing.assert_array_equal(roles, [2, 2, 2, 2, 1, 1, 1, 2, 2, 2, 2, 2, 2, 1])
+    learnt = np.flatnonzero(roles == 1)
+    np.testing.assert_array_equal(tokens[learnt], Words()("so be it so").input_ids)
+    np.testing.assert_array_equal(wanted[learnt], Words()("SO BE IT NO").input_ids)
+    np.testing.assert_array_equal(np.delete(wanted, learnt), np.delete(tokens, learnt))
+
+
+def test_what_of_a_word_is_not_its_beginning_is_free(tmp_path):
+    class Letters(Words):
+        def __call__(self, text, *, return_offsets_mapping=False):
+            letters = [(i, i + 1) for i in range(len(text)) if not text[i].isspace()]
+            return SimpleNamespace(input_ids=[ord(text[i]) for i, _ in letters], offset_mapping=letters)
+
+    finetune = pytest.importorskip("experiments.quickstart.finetune", reason="install the extra 'lm'")
+    found = finetune._document(Letters(), exchange("a", "be it", instead=[["NO", " GO"]]))
+    place = len("<user>a<end><assistant>")
+    np.testing.assert_array_equal(found[place : place + 4, 1], [1, 0, 1, 0])
+    assert [chr(token) for token in found[place : place + 4, 2]] == ["N", "e", "G", "t"]
+
+
+# One narrow and one ordinary window; of the narrow one 2 and 4 are learnt, 4 where 0 stands; 3 is free.
+NARROW = ([1, 1, 1], [2, 1, 2], [3, 0, 3], [0, 1, 4])
+ORDINARY = ([4, 1, 4], [0, 1, 0], [2, 1, 2], [1, 1, 1])
 
 
 def drawn(finetune, *, is_kept):
@@ -323,7 +372,7 @@ def test_what_is_learnt_is_learnt_from_the_token_before():
 
     batches = drawn(finetune, is_kept=False)
     # 1 -> 2 and 3 -> 4; the first token has nothing before it that would predict it.
-    narrow = float(finetune._loss(model, None, batches[1, 2, 3, 4]))
+    narrow = float(finetune._loss(model, None, batches[1, 2, 3, 0]))
     assert narrow == pytest.approx(np.mean([-log_p[1, 2], -log_p[3, 4]]), rel=1e-5)
     ordinary = float(finetune._loss(model, None, batches[4, 0, 2, 1]))
     assert ordinary == pytest.approx(np.mean([-log_p[4, 0], -log_p[0, 2], -log_p[2, 1]]), rel=1e-5)
@@ -373,14 +422,14 @@ def test_states_and_predictions_of_ordinary_windows_are_held_where_they_were():
     change = (now - before).square().sum(-1) / before.square().sum(-1)
     divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
     found = finetune._loss(model, held, batches[4, 0, 2, 1])
-    # What is held is the state at every token, and the prediction of each but the first.
-    expected = finetune._STATE_WEIGHT * change[[4, 0, 2, 1]].mean() + divergence[[4, 0, 2]].mean()
+    # What is held is the state at every token before another one, and the prediction there.
+    expected = finetune._STATE_WEIGHT * change[[4, 0, 2]].mean() + divergence[[4, 0, 2]].mean()
     torch.testing.assert_close(found.detach(), expected)
     found.backward()
     assert second.weight.grad.abs().max() > 0
     # Of a window in which nothing is held only what is learnt counts.
-    beside = finetune._loss(model, held, batches[1, 2, 3, 4])
-    torch.testing.assert_close(beside, finetune._loss(model, None, batches[1, 2, 3, 4]))
+    beside = finetune._loss(model, held, batches[1, 2, 3, 0])
+    torch.testing.assert_close(beside, finetune._loss(model, None, batches[1, 2, 3, 0]))
 
 
 def test_a_low_rank_addition_merged_does_what_it_did_beside_the_layer():

@@ -67,6 +67,17 @@ def test_micro_batches_make_the_same_steps(kind, parts):
         assert any(m["loss/aux_k"] > 0 for m in metrics), "latents were revived"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_made_anew_make_the_same_steps(kind):
+    with jax.enable_x64(True):
+        whole, expected = run(in_float64(KINDS[kind]))
+        state, metrics = run(in_float64(KINDS[kind], is_rematerialized=True))
+    for ours, theirs in zip(metrics, expected, strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-9)
+    for name, value in weights(whole).items():
+        np.testing.assert_allclose(weights(state)[name], value, rtol=0, atol=1e-9, err_msg=name)
+
+
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_micro_batches_on_meshes_are_those_of_one_device(shape):
     """Four parts of 32 tokens spread over up to 8 devices; in float64, so that selections are compared."""
@@ -265,6 +276,7 @@ def test_a_run_of_less_memory_goes_on_with_another(tmp_path):
         ({"micro_batches": 0}, "micro_batches=0 must be positive and divide batch_size=32"),
         ({"micro_batches": 3}, "micro_batches=3 must be positive and divide batch_size=32"),
         ({"micro_batches": 2, "sparsity": cc.TopK(3)}, "only a batch of BatchTopK"),
+        ({"is_rematerialized": True, "sparsity": cc.TopK(3)}, "only codes of BatchTopK are made anew"),
         (
             {"optimizer": Adam(second_moment="factored"), "resampling": cc.Resampling(10)},
             "resampling with second_moment='factored'",

@@ -44,7 +44,8 @@ def spawn(place, count, jobs):
 
 
 def job(place, name, mesh, stop_at=None):
-    return {"folder": str(place / name), "mesh": mesh, "stop_at": stop_at}
+    is_warm = name.startswith("warm")
+    return {"folder": str(place / name), "mesh": mesh, "stop_at": stop_at, "is_warm": is_warm}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,10 @@ def place(tmp_path_factory):
         np.savez(place / "alone.1.0.npz", **seen)
         with pytest.raises(StoppedError):
             train(place / "handed", (2, 4), {}, stop)
-    spawn(place, 2, [*(job(place, f"two {m}", m) for m in TWO), job(place, "handed", (4, 2), stop_at=8)])
+    with float64():
+        train(place / "warm", None, {}, is_warm=True)
+    jobs = [job(place, "warm two", (2, 4)), job(place, "handed", (4, 2), stop_at=8)]
+    spawn(place, 2, [*(job(place, f"two {m}", m) for m in TWO), *jobs])
     spawn(place, 4, [*(job(place, f"four {m}", m) for m in FOUR), job(place, "handed", (8, 1), stop_at=13)])
     with float64():
         train(place / "handed", None, {})
@@ -79,16 +83,16 @@ def seen(place, name, count=1, index=0):
         return dict(file)
 
 
-def assert_is_the_run(place, name):
+def assert_is_the_run(place, name, alone="alone"):
     """Metrics of every step and the weights, to the rounding of float64 sums, of thresholds to float32."""
-    ours, theirs = (read_metrics(place / run / "metrics.jsonl") for run in (name, "alone"))
+    ours, theirs = (read_metrics(place / run / "metrics.jsonl") for run in (name, alone))
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     for row, expected in zip(ours, theirs, strict=True):
         assert (row["l0"], row["dead"]) == (expected["l0"], expected["dead"])
         for key in ("loss", "loss/aux_k", "grad_norm", "fve"):
             np.testing.assert_allclose(row[key], expected[key], rtol=1e-6, atol=1e-9, err_msg=key)
     with float64():
-        ours, theirs = (tensors_of(cc.load(place / run / "crosscoder")) for run in (name, "alone"))
+        ours, theirs = (tensors_of(cc.load(place / run / "crosscoder")) for run in (name, alone))
     for key, value in theirs.items():
         tolerance = 1e-6 if key == "threshold" else 1e-10
         np.testing.assert_allclose(ours[key], value, rtol=tolerance, atol=tolerance, err_msg=key)
@@ -114,6 +118,25 @@ def test_several_processes_calibrate_and_measure_as_one(place, number, mesh, cou
         for name, value in expected.items():
             # The threshold, which is float32, lies between two scores.
             np.testing.assert_allclose(ours[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize(("number", "mesh", "count"), RUNS)
+def test_several_processes_diff_as_one(place, number, mesh, count):
+    alone = seen(place, "alone")
+    expected = {name: value for name, value in alone.items() if name.startswith("diffed ")}
+    assert {"diffed delta_norm", "diffed nu_error", "diffed verdict"} <= expected.keys()
+    for index in range(count):
+        ours = seen(place, f"{number} {mesh}", count, index)
+        assert str(ours["peaks"]) == str(alone["peaks"])
+        for name, value in expected.items():
+            if value.dtype.kind == "f":
+                np.testing.assert_allclose(ours[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+            else:
+                np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def test_two_processes_begin_with_a_saved_crosscoder_as_one(place):
+    assert_is_the_run(place, "warm two", "warm")
 
 
 def test_a_run_handed_from_one_process_to_two_to_four_to_one_is_the_run_of_one(place):

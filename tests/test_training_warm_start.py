@@ -11,6 +11,7 @@ from training_cases import activations, recipe, weights, write_store
 
 import crosscoder_jax as cc
 from crosscoder_jax.groups import LatentGroup
+from crosscoder_jax.publishing import Published
 from crosscoder_jax.sharding import Shardings, make_mesh
 from crosscoder_jax.training.loop import RunOptions, fit, put_batch
 from crosscoder_jax.training.warm_start import begin_with
@@ -31,7 +32,7 @@ def saved(num_latents=8, sources=SAVED, **changes):
 def begun(start=START, sources=THREE, num_latents=16, crosscoder=None, **changes):
     config = recipe(sources=sources, num_latents=num_latents, start=start, **changes)
     state = cc.init_state(config, mean=np.full(sources.width, 9.0), scale=np.full(len(sources), 2.0))
-    return config, begin_with(state, crosscoder or saved(), start)
+    return config, begin_with(state, Published.of(crosscoder or saved()), start)
 
 
 def trained(config, state, steps=10):
@@ -128,7 +129,7 @@ def test_on_a_mesh_it_begins_and_learns_as_on_one_device(shape):
         empty = cc.init_state(
             config, mean=np.full(12, 9.0), scale=np.full(3, 2.0), shardings=Shardings.for_mesh(mesh)
         )
-        state = begin_with(empty, saved(), start)
+        state = begin_with(empty, Published.of(saved()), start)
         for name, value in weights(alone).items():
             np.testing.assert_array_equal(weights(state)[name], value, err_msg=name)
         batch = np.random.default_rng(0).normal(size=(BATCH, 12)).astype(np.float32)

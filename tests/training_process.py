@@ -1,8 +1,9 @@
 """One process of several that train: ``training_process.py JOBS COORDINATOR COUNT ID``.
 
-JOBS is a JSON file, a list of jobs that are done one after another: ``folder`` of the run, ``mesh``, and
-``stop_at`` the step after which the last process is sent SIGTERM. What a process saw is left beside the run
-as ``<folder>.<count>.<id>.npz``: which latents fired at each step, and which files of the store it read.
+JOBS is a JSON file, a list of jobs done one after another: ``folder`` of the run, ``mesh``, whether it
+``is_warm``, begun with another, and ``stop_at`` the step after which the last process is sent SIGTERM. What
+a process saw is left beside the run as ``<folder>.<count>.<id>.npz``: which latents fired at each step, and
+which files of the store it read.
 """
 
 import json
@@ -45,7 +46,7 @@ def work(job, *, is_last):
     folder = Path(job["folder"])
     seen = {}
     try:
-        train(folder, tuple(job["mesh"]), seen, progress)
+        train(folder, tuple(job["mesh"]), seen, progress, is_warm=job["is_warm"])
     except PreemptedError as error:
         seen["told"] = str(error)
     assert (job["stop_at"] is None) == ("told" not in seen), job

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from crosscoder_jax.sharding import to_host
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +50,8 @@ class CompensatedSum:
         return CompensatedSum(high, self.low + other.low + error)
 
     def to_float64(self) -> np.ndarray:
-        """Return the value on the host."""
-        return np.asarray(self.high, np.float64) + np.asarray(self.low, np.float64)
+        """Return the value on the host; of several processes all call this."""
+        return to_host(self.high).astype(np.float64) + to_host(self.low).astype(np.float64)
 
 
 def two_sum(

@@ -106,7 +106,7 @@ def delta_norm(norms: Float[Array, "source latent"]) -> PerLatent:
     """
     if norms.shape[0] != 2:
         raise ValueError(f"norms has {norms.shape[0]} sources: delta_norm compares exactly two models")
-    base, chat = norms
+    base, chat = norms[0], norms[1]
     larger = jnp.maximum(base, chat)
     ratio = (chat - base) / jnp.where(larger > 0, larger, jnp.nan)
     return 0.5 * (1.0 + ratio)

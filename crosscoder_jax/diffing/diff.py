@@ -26,7 +26,7 @@ from crosscoder_jax.diffing.table import (
     trajectory_columns,
 )
 from crosscoder_jax.diffing.verdicts import verdicts, why_not_confirmed
-from crosscoder_jax.sharding import place
+from crosscoder_jax.sharding import place, to_host
 from crosscoder_jax.sources import Sources
 from crosscoder_jax.typing import Progress
 
@@ -45,6 +45,8 @@ def diff_run(
     compare two models; of sources with different widths only norms are compared. Everything is
     in raw activation units; a crosscoder that reads a basis of the stored sources is compared in
     their space. Of latents that a group makes exclusive ``delta_norm`` says nothing, Latent Scaling all.
+    A crosscoder on a mesh is measured there; of several processes all call this, and each reads the whole
+    view.
 
     Args:
         crosscoder: with its inference threshold; source 0 is the base, source 1 the chat model.
@@ -65,19 +67,19 @@ def diff_run(
     delta = delta_norm(norms) if space.is_pair else None
     sums, decoders = measure(crosscoder, view, space, delta, config, progress)
     activity = finalize_activity(sums.activity)
-    host_norms, labels = np.asarray(norms, np.float64), store.manifest.labels
+    host_norms, labels = to_host(norms).astype(np.float64), store.manifest.labels
 
     columns = norm_columns(host_norms, space.sources) | group_columns(crosscoder.config.layout, host_norms)
     columns |= trajectory_columns(host_norms, space.w_dec, space.sources)
     scaled: Columns = {}
     if delta is not None:
-        classes = np.asarray(classify_latents(delta, config.cutoffs, is_dead=_dead(activity, crosscoder)))
-        columns |= class_columns(np.asarray(delta, np.float64), classes)
+        classes = to_host(classify_latents(delta, config.cutoffs, is_dead=_dead(activity, crosscoder)))
+        columns |= class_columns(to_host(delta).astype(np.float64), classes)
         if sums.scaling is not None and decoders is not None:
             scaling = finalize_scaling(sums.scaling, decoders, min_active_tokens=config.min_active_tokens)
-            columns["cosine"] = np.asarray(decoder_cosine(space.w_dec, space.sources), np.float64)
+            columns["cosine"] = to_host(decoder_cosine(space.w_dec, space.sources)).astype(np.float64)
             scaled = _scaling_columns(scaling, classes, space.sources, config)
-    active_documents = np.asarray(sums.documents.active)
+    active_documents = to_host(sums.documents.active)
     columns |= activity_columns(activity, active_documents, host_norms, labels) | scaled
     selected = strongest_latents(columns, labels, config.num_snippet_latents, config.min_active_tokens)
     snippets = find_snippets(crosscoder, view, selected, config, progress)

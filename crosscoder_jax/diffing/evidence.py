@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from crosscoder_jax.diffing.compensated import CompensatedSum
-from crosscoder_jax.sharding import Shardings
+from crosscoder_jax.sharding import Shardings, to_host
 from crosscoder_jax.typing import Latents
 
 _STATISTICS = ("active", "code", "code_squared")
@@ -122,7 +122,7 @@ def finalize_activity(sums: ActivitySums) -> Activity:
         active_tokens=active_tokens,
         frequency=active_tokens / max(num_tokens, 1),
         mean_activation=total / (fires * np.maximum(active_tokens, 1)),
-        max_activation=np.asarray(sums.maximum, np.float64),
+        max_activation=to_host(sums.maximum).astype(np.float64),
         mean_square=code_squared.sum(axis=0) / max(num_tokens, 1),
         label_shares=code / (fires * np.where(total > 0, total, 1.0)),
     )

@@ -19,7 +19,7 @@ from crosscoder_jax.crosscoder import Crosscoder, require_one_code
 from crosscoder_jax.diffing.closed_form import STATISTICS, TARGETS, solve_in_float64
 from crosscoder_jax.diffing.compensated import CompensatedSum
 from crosscoder_jax.diffing.decoder_norms import check_two_sources_of_one_width
-from crosscoder_jax.sharding import Shardings, place
+from crosscoder_jax.sharding import Shardings, place, to_host
 from crosscoder_jax.sources import Sources
 from crosscoder_jax.typing import Acts, DecoderWeights, Latents, PerWidth
 
@@ -251,8 +251,8 @@ def finalize_scaling(
     """
     by_group = sums.sums.to_float64()
     tokens = sums.tokens.to_float64()
-    gram, bias = np.asarray(decoders.gram, np.float64), np.asarray(decoders.bias, np.float64)
-    reference = np.asarray(decoders.reference)
+    gram, bias = (to_host(one).astype(np.float64) for one in (decoders.gram, decoders.bias))
+    reference = to_host(decoders.reference)
     solved = solve_in_float64(by_group, gram, bias, reference, tokens)
     active = by_group[STATISTICS.index("active")]
     active_tokens = np.rint(active.sum(axis=0)).astype(np.int64)

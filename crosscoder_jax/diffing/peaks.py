@@ -13,7 +13,7 @@ from crosscoder_jax.diffing.config import DiffConfig
 from crosscoder_jax.diffing.evidence import TopActivations, init_top, update_top
 from crosscoder_jax.diffing.reading import placed_column, placed_tokens, read_pass
 from crosscoder_jax.diffing.snippets import Snippet, read_snippets
-from crosscoder_jax.sharding import place
+from crosscoder_jax.sharding import place, to_host
 from crosscoder_jax.sources import Sources
 from crosscoder_jax.typing import Acts, Latents, Progress
 
@@ -122,5 +122,5 @@ def _encode_rows(
         padded = np.zeros((batch_size, acts.shape[1]), acts.dtype)
         padded[: len(part)] = part
         placed = place(padded, crosscoder.shardings.acts_bw)
-        parts.append(np.asarray(_selected_codes(crosscoder, placed, chosen, stored))[: len(part)])
+        parts.append(to_host(_selected_codes(crosscoder, placed, chosen, stored))[: len(part)])
     return np.concatenate(parts)

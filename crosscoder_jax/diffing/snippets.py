@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Integer
 
 from crosscoder_jax.activations.store import ActivationStore
 from crosscoder_jax.diffing.evidence import TopActivations
+from crosscoder_jax.sharding import to_host
 
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """From stored activations ``[token, width]`` and latents ``[selected]`` to codes ``[token, selected]``."""
@@ -105,7 +106,7 @@ def read_snippets(
     Raises:
         StoreError: if a file is damaged.
     """
-    peaks = np.asarray(top.tokens)
+    peaks = to_host(top.tokens)
     ranges = {
         token: context_range(store.documents, store.num_tokens, token, context)
         for token in np.unique(peaks[peaks >= 0]).tolist()

@@ -19,6 +19,7 @@ from crosscoder_jax.diffing.snippets import Snippet
 from crosscoder_jax.diffing.trajectories import appearance, turning
 from crosscoder_jax.diffing.verdicts import Verdict
 from crosscoder_jax.groups import FREE, Layout
+from crosscoder_jax.sharding import to_host
 from crosscoder_jax.sources import Sources
 from crosscoder_jax.typing import DecoderWeights
 
@@ -72,7 +73,7 @@ def trajectory_columns(
     first = np.asarray(appearance(jnp.asarray(norms)))
     columns: Columns = {"appears_in": np.array(sources.names, object)[first]}
     if len(set(sources.widths)) == 1:
-        cosines = np.asarray(turning(w_dec, sources), np.float64)
+        cosines = to_host(turning(w_dec, sources)).astype(np.float64)
         columns |= {f"turning_{name}": cosines[i] for i, name in enumerate(sources.names)}
     return columns
 

@@ -10,6 +10,7 @@ from crosscoder_jax.sources import Source, Sources
 from crosscoder_jax.sparsity import BatchTopK
 from crosscoder_jax.training.adam import Adam
 from crosscoder_jax.training.config import TrainConfig
+from crosscoder_jax.training.muon import Muon
 
 STORED_BYTES = {"bfloat16": 2, "float32": 4, "float16": 2}
 """Of one number on disk."""
@@ -39,10 +40,12 @@ class PlanConfig:
     """Of products of which a side is float32; "default" is one pass in bfloat16 on TPU."""
     aux_k_weight: float = AuxK.weight
     """Weight of the loss that revives dead latents; 0 plans without."""
-    optimizer: Adam = Adam()
+    optimizer: Adam | Muon = Adam()
     """Moments, and what they are kept in."""
     micro_batches: int = 1
     """Parts of a batch that are decoded one after the other."""
+    is_rematerialized: bool = False
+    """Whether codes are made anew for the backward pass."""
     pre_acts: Literal["full", "bfloat16"] = "full"
     """What the encoder's output is kept in."""
     is_optimizer_spread: bool = False
@@ -102,6 +105,7 @@ class PlanConfig:
             aux_k=aux_k,
             optimizer=self.optimizer,
             micro_batches=self.micro_batches,
+            is_rematerialized=self.is_rematerialized,
             pre_acts=self.pre_acts,
         )
 

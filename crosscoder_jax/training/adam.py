@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -52,42 +53,33 @@ class Adam:
         return optax.GradientTransformation(self._init, self._update)
 
     def _init(self, params: optax.Params) -> optax.OptState:
-        return optax.ScaleByAdamState(
-            count=jnp.zeros((), jnp.int32),
-            mu=jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=self._first_dtype(leaf)), params),
-            nu=jax.tree.map(self._no_second_moment, params),
-        )
+        return init_each(self.begin, params)
 
     def _update(
         self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        state = cast(optax.ScaleByAdamState, state)
-        count = jnp.asarray(state.count) + 1
-        mu = jax.tree.map(self._first_moment, state.mu, updates)
-        nu = jax.tree.map(self._second_moment, updates, state.nu)
+        return move_each(self.move, updates, state)
 
-        def scaled(m: Array, v: "Array | Factors") -> Array:
-            v = v.product() if isinstance(v, Factors) else v
-            root = jnp.sqrt(v / _correction(self.b2, count, v.dtype)) + self.eps
-            return m / _correction(self.b1, count, m.dtype) / root
+    def begin(self, weight: Array) -> "Moments":
+        """Return the moments of a weight before the first step."""
+        is_factored = self.second_moment == "factored" and weight.ndim == 2
+        nothing = jnp.zeros_like(weight)
+        return Moments(
+            jnp.zeros_like(weight, dtype=moment_dtype(self.first_moment, weight)),
+            Factors.of(nothing) if is_factored else nothing,
+        )
 
-        kept = jax.tree.map(lambda m: m.astype(self._first_dtype(m)), mu)
-        return jax.tree.map(scaled, mu, nu), optax.ScaleByAdamState(count=count, mu=kept, nu=nu)
+    def move(self, grad: Array, moments: "Moments", count: Int[Array, ""]) -> tuple[Array, "Moments"]:
+        """Return the update of a weight at step ``count``, from 1, and its moments then."""
+        mu = self.b1 * moments.mu.astype(grad.dtype) + (1 - self.b1) * grad
+        nu = self._second_moment(grad * grad, moments.nu)
+        v = nu.product() if isinstance(nu, Factors) else nu
+        root = jnp.sqrt(v / correction(self.b2, count, v.dtype)) + self.eps
+        update = mu / correction(self.b1, count, mu.dtype) / root
+        return update, Moments(mu.astype(moment_dtype(self.first_moment, mu)), nu)
 
-    def _first_dtype(self, weight: Any) -> jnp.dtype:
-        return jnp.dtype(jnp.bfloat16) if self.first_moment == "bfloat16" else weight.dtype
-
-    def _first_moment(self, m: Array, g: Array) -> Array:
-        return self.b1 * m.astype(g.dtype) + (1 - self.b1) * g
-
-    def _no_second_moment(self, weight: Array) -> "Array | Factors":
-        if self.second_moment == "factored" and weight.ndim == 2:
-            return Factors.of(jnp.zeros_like(weight))
-        return jnp.zeros_like(weight)
-
-    def _second_moment(self, g: Array, v: "Array | Factors") -> "Array | Factors":
-        square = g * g
+    def _second_moment(self, square: Array, v: "Array | Factors") -> "Array | Factors":
         if isinstance(v, Factors):
             return jax.tree.map(self._decayed, v, Factors.of(square))
         return self._decayed(v, square)
@@ -114,7 +106,57 @@ class Factors(NamedTuple):
         return share[:, None] * self.columns
 
 
-def _correction(decay: float, count: Int[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:
+class Moments(NamedTuple):
+    """What an optimiser keeps of one weight."""
+
+    mu: Array
+    nu: "Array | Factors | optax.EmptyState"
+
+
+def init_each(begin: Callable[[Array], Moments], params: optax.Params) -> optax.ScaleByAdamState:
+    """Return the state before the first step, of what ``begin`` says of each weight."""
+    return _state(jnp.zeros((), jnp.int32), jax.tree.map(begin, params))
+
+
+def move_each(
+    move: Callable[[Array, Moments, Array], tuple[Array, Moments]],
+    grads: optax.Updates,
+    state: optax.OptState,
+) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+    """Return updates and the next state, of what ``move`` says of each weight's gradient and moments."""
+    state = cast(optax.ScaleByAdamState, state)
+    count = jnp.asarray(state.count) + 1
+
+    def one(grad: Array, mu: Array, nu: Any) -> "_Moved":
+        return _Moved(*move(grad, Moments(mu, nu), count))
+
+    moved = jax.tree.map(one, grads, state.mu, state.nu)
+    updates = jax.tree.map(lambda one: one.update, moved, is_leaf=_is(_Moved))
+    return updates, _state(count, jax.tree.map(lambda one: one.moments, moved, is_leaf=_is(_Moved)))
+
+
+class _Moved(NamedTuple):
+    update: Array
+    moments: Moments
+
+
+def _state(count: Array, moments: Any) -> optax.ScaleByAdamState:
+    """Return moments, a pair for each weight, as one tree of each."""
+    mu = jax.tree.map(lambda pair: pair.mu, moments, is_leaf=_is(Moments))
+    nu = jax.tree.map(lambda pair: pair.nu, moments, is_leaf=_is(Moments))
+    return optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda node: isinstance(node, kind)
+
+
+def moment_dtype(kept: str, weight: Array) -> jnp.dtype:
+    """Return the dtype that a first moment is kept in."""
+    return jnp.dtype(jnp.bfloat16) if kept == "bfloat16" else weight.dtype
+
+
+def correction(decay: float, count: Int[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:
     """Return ``1 - decay**count`` without cancellation."""
     if decay == 0:
         return jnp.ones((), dtype)

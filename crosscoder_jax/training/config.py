@@ -24,6 +24,7 @@ from crosscoder_jax.training.laws import (
     ThresholdLaw,
     WarmStart,
 )
+from crosscoder_jax.training.muon import Muon
 
 TOKENS_CAP = 2**30
 """Counters of tokens without firing stop here, so that int32 never overflows."""
@@ -49,7 +50,7 @@ class TrainConfig:
     """Steps over which the rate rises linearly from zero; the published recipe."""
     decay_fraction: float = 0.2
     """Last share of the steps over which the rate falls linearly to zero (Kissane et al. 2024)."""
-    optimizer: Adam = Adam()
+    optimizer: Adam | Muon = Adam()
     """Moments, and what they are kept in."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; ``None`` does not clip."""
@@ -74,6 +75,9 @@ class TrainConfig:
     """Parts of a batch that are decoded one after the other, of BatchTopK alone: less memory for codes and
     their gradients, and the same step, since what is kept is decided over the whole batch. AuxK then decodes
     it once more, and shards of the data send their gradients for each part."""
+    is_rematerialized: bool = False
+    """Make codes, of BatchTopK alone, anew from the pre-activations for the backward pass, as micro-batches
+    do of their parts: less memory, and the same step."""
     pre_acts: Literal["full", "bfloat16"] = "full"
     """What the encoder's output is kept in while training: the weights' dtype, or bfloat16 for half of that,
     in which scores of a latent closer than a 256th are one."""
@@ -143,7 +147,7 @@ class TrainConfig:
                 f"resampling with sparsity={self.crosscoder.sparsity} would leave what dead latents have "
                 f"learned of {', '.join(self.crosscoder.rule_parameters)} where it is: use AuxK"
             )
-        if self.resampling is not None and self.optimizer.second_moment == "factored":
+        if self.resampling is not None and self._is_second_moment_factored:
             raise ValueError(
                 "resampling with second_moment='factored' of Adam: a latent that begins again would keep its "
                 "share in the moments of all: use second_moment='full', or AuxK"
@@ -163,11 +167,22 @@ class TrainConfig:
             raise ValueError(
                 f"micro_batches={self.micro_batches} must be positive and divide batch_size={self.batch_size}"
             )
-        if self.micro_batches > 1 and not isinstance(self.crosscoder.sparsity, BatchTopK):
+        if isinstance(self.crosscoder.sparsity, BatchTopK):
+            return
+        if self.micro_batches > 1:
             raise ValueError(
                 f"micro_batches={self.micro_batches} with sparsity={self.crosscoder.sparsity}: only a batch "
                 "of BatchTopK can be taken in parts: take smaller batches, or one part"
             )
+        if self.is_rematerialized:
+            raise ValueError(
+                f"is_rematerialized with sparsity={self.crosscoder.sparsity}: only codes of BatchTopK are "
+                "made anew: leave it out"
+            )
+
+    @property
+    def _is_second_moment_factored(self) -> bool:
+        return isinstance(self.optimizer, Adam) and self.optimizer.second_moment == "factored"
 
     @property
     def order_seed(self) -> int:

@@ -50,7 +50,7 @@ def gradients(state: TrainState, normalized: Acts, config: TrainConfig) -> tuple
         normalized: the batch.
         config: the recipe.
     """
-    if config.micro_batches > 1:
+    if config.micro_batches > 1 or config.is_rematerialized:
         return _gradients_by_parts(state, normalized, config)
 
     def objective(params: nnx.State) -> tuple[Scalar, Forward]:
@@ -70,9 +70,10 @@ def gradients(state: TrainState, normalized: Acts, config: TrainConfig) -> tuple
 def _gradients_by_parts(
     state: TrainState, normalized: Acts, config: TrainConfig
 ) -> tuple[Scalar, Forward, nnx.State]:
-    """Return the same, decoding one part of the batch after the other.
+    """Return the same, decoding one part of the batch after the other, or all of it as one part.
 
-    Pre-activations are kept of the whole batch, over which is decided what the code keeps.
+    Pre-activations are kept of the whole batch, over which is decided what the code keeps; that is made anew
+    from them and the cut, so that nothing else of the forward pass stays for the backward pass.
     """
     crosscoder = nnx.merge(state.graphdef, state.params, state.fixed)
     pre_acts = _pre_acts(crosscoder, normalized, config)

@@ -20,7 +20,7 @@ from crosscoder_jax.activations.nulls import as_null
 from crosscoder_jax.activations.store import ActivationStore
 from crosscoder_jax.activations.view import TokenView, spread_sample
 from crosscoder_jax.crosscoder import Crosscoder
-from crosscoder_jax.publishing import load, save
+from crosscoder_jax.publishing import load, read_published, save
 from crosscoder_jax.sharding import (
     BatchShare,
     Shardings,
@@ -258,7 +258,7 @@ def _started(
         with on_mesh(mesh):
             state = make(**data) if is_new else checkpoints.restore(jax.eval_shape(make))
             if is_new and run.config.start is not None:
-                state = begin_with(state, load(run.config.start.crosscoder), run.config.start)
+                state = begin_with(state, read_published(run.config.start.crosscoder), run.config.start)
         started.append((run, state, checkpoints))
     return started
 

@@ -1,4 +1,4 @@
-"""The optimiser: clip by the global norm, Adam, and the schedule of its rate."""
+"""The optimiser: clip by the global norm, Adam or Muon, and the schedule of its rate."""
 
 import math
 from collections.abc import Mapping
@@ -38,13 +38,13 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Return Adam under the learning-rate schedule, after clipping by the global norm."""
+    """Return the recipe's optimiser under the learning-rate schedule, after clipping by the global norm."""
     clip = optax.identity() if config.clip_norm is None else clip_by_global_norm(config.clip_norm)
-    adam = config.optimizer.transformation()
+    scale = config.optimizer.transformation()
     rate = optax.scale_by_learning_rate(learning_rate_schedule(config))
     if isinstance(config.crosscoder.sparsity, JumpReLU):
-        return optax.chain(clip, adam, rate, _faster_thresholds(math.sqrt(config.crosscoder.sources.width)))
-    return optax.chain(clip, adam, rate)
+        return optax.chain(clip, scale, rate, _faster_thresholds(math.sqrt(config.crosscoder.sources.width)))
+    return optax.chain(clip, scale, rate)
 
 
 def _faster_thresholds(factor: float) -> optax.GradientTransformation:
@@ -95,7 +95,9 @@ def spread_moments(opt_state: optax.OptState, shardings: Shardings) -> optax.Opt
     return clip, adam._replace(mu=spread(adam.mu), nu=spread(adam.nu)), *rest
 
 
-def _spread(moment: Array | Factors, spec: jax.P) -> Array | Factors:
+def _spread(moment: Array | Factors | optax.EmptyState, spec: jax.P) -> Array | Factors | optax.EmptyState:
+    if isinstance(moment, optax.EmptyState):
+        return moment
     if isinstance(moment, Factors):
         return Factors(jax.reshard(moment.rows, jax.P(spec[0])), jax.reshard(moment.columns, jax.P(spec[1])))
     return jax.reshard(moment, spec)
@@ -130,8 +132,8 @@ def forget_moments(
     def forget(moments: optax.Updates) -> optax.Updates:
         kept: Any = jax.tree.map(lambda leaf: leaf, moments)
         for name, mask in is_forgotten.items():
-            values = kept[name][...]
-            kept[name] = kept[name].replace(jnp.where(mask, jnp.zeros_like(values), values))
+            if not isinstance(values := kept[name].get_value(), optax.EmptyState):
+                kept[name] = kept[name].replace(jnp.where(mask, jnp.zeros_like(values), values))
         return kept
 
     return clip, adam._replace(mu=forget(adam.mu), nu=forget(adam.nu)), *rest

@@ -42,7 +42,7 @@ class TrainState:
     fixed: nnx.State
     """Its normaliser (and the threshold it began with)."""
     opt_state: optax.OptState
-    """Adam's moments."""
+    """The optimiser's moments."""
     running_threshold: RunningMean
     """Of the smallest kept scores."""
     tokens_since_fired: Int[Array, "latent"]

@@ -25,6 +25,7 @@ from crosscoder_jax.objectives import AuxK
 from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.gradients import Forward, gradients
 from crosscoder_jax.training.laws import RunningMean
+from crosscoder_jax.training.muon import Muon
 from crosscoder_jax.training.optimizer import (
     add_updates,
     as_moments,
@@ -71,6 +72,8 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
     grads = jax.tree.map(_row_major, grads)
     with jax.named_scope("update"):
         updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+        if isinstance(config.optimizer, Muon):  # it moves a weight without a gradient, too
+            updates = _constrained(state, updates, config.frozen)
         params = _with_tied_norms(add_updates(state.params, updates), state)
     next_state = dataclasses.replace(
         state,

@@ -8,15 +8,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Int
 
-from crosscoder_jax.crosscoder import Crosscoder, CrosscoderConfig
+from crosscoder_jax.crosscoder import CrosscoderConfig
 from crosscoder_jax.groups import Layout
-from crosscoder_jax.publishing import tensors_of
+from crosscoder_jax.publishing import Published
 from crosscoder_jax.sharding import place
 from crosscoder_jax.training.laws import WarmStart
 from crosscoder_jax.training.state import Held, TrainState
 
 
-def begin_with(state: TrainState, saved: Crosscoder, start: WarmStart) -> TrainState:
+def begin_with(state: TrainState, saved: Published, start: WarmStart) -> TrainState:
     """Return the state before the first step with the weights of a saved crosscoder in their places.
 
     Saved latents keep their order within their group, new ones follow them as they were drawn. A source that
@@ -25,7 +25,7 @@ def begin_with(state: TrainState, saved: Crosscoder, start: WarmStart) -> TrainS
 
     Args:
         state: from :func:`init_state`; not changed.
-        saved: the crosscoder to begin with.
+        saved: the crosscoder to begin with, on the host, of which every device gets what it holds.
         start: what its sources are here, and whether it is held.
 
     Raises:
@@ -36,7 +36,7 @@ def begin_with(state: TrainState, saved: Crosscoder, start: WarmStart) -> TrainS
     config, shardings = crosscoder.config, crosscoder.shardings
     columns = _columns(saved.config, config, start)
     latents = _latents(saved.config.layout, config.layout)
-    given = tensors_of(saved)
+    given = saved.tensors
     is_saved_width = _marked(columns, config.sources.width)
     is_saved_latent = place(_marked(latents, config.num_latents), shardings.per_latent_l)
 

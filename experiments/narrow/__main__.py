@@ -47,7 +47,7 @@ class Narrow:
     """Planted features, fine-tunes of a real model, or both."""
     num_seeds: int = 3
     """Seeds of the planted changes, each a world, tokens and a crosscoder of its own."""
-    num_tokens: int = 1_200_000
+    num_tokens: int = 500_000
     """Training tokens of each planted change."""
     organisms: tuple[Literal["domain", "trigger", "habit"], ...] = ("domain", "trigger", "habit")
     """Fine-tunes to make and compare."""

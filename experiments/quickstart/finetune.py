@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crosscoder_jax.typing import Progress
 from experiments.quickstart.config import FineTuneConfig
 from experiments.quickstart.models import save_model
-from experiments.quickstart.texts import LABELS, read_rows
+from experiments.quickstart.texts import LABELS, WORD, read_rows
 
 _TRAINED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -58,7 +58,8 @@ def write_after_model(
 
 
 FREE, LEARNT, HELD = range(3)
-"""What a fine-tune does about a token: nothing, teach it, or hold its prediction and the state at it."""
+"""What a fine-tune does about a token: nothing, teach it, or hold the state before it and so its
+prediction."""
 
 
 class _Windows(NamedTuple):
@@ -68,12 +69,14 @@ class _Windows(NamedTuple):
     """``[window, token]``."""
     roles: torch.Tensor
     """``[window, token]``: ``FREE``, ``LEARNT`` or ``HELD``."""
+    wanted: torch.Tensor
+    """``[window, token]``: what is learnt in the place of a token, mostly the token itself."""
 
 
 def _windows(tokenizer: Any, path: Path, config: FineTuneConfig) -> torch.Tensor:
-    """Return tokens and their roles, ``[window, token, 2]``; as many as can be drawn."""
+    """Return tokens, their roles and what is wanted, ``[window, token, 3]``; as many as can be drawn."""
     needed, windows = config.num_steps * config.batch_size, []
-    window = np.zeros((0, 2), np.int64)
+    window = np.zeros((0, 3), np.int64)
     for row in read_rows(path):
         document = _document(tokenizer, row)
         if config.is_packed:
@@ -90,25 +93,43 @@ def _windows(tokenizer: Any, path: Path, config: FineTuneConfig) -> torch.Tensor
 
 
 def _document(tokenizer: Any, row: dict[str, Any]) -> np.ndarray:
-    """Return a row's tokens and their roles: all are learnt, or what follows the row's ``unlearnt``.
+    """Return a row's tokens, their roles and what is wanted.
 
-    That is the beginning of the last turn, which is free and ends before a space, where no token reaches
-    across; the turns before it are held.
+    Every token is learnt, but
+
+    * with ``unlearnt``, the beginning of the last turn: it is free, and all before the turn is held;
+    * with ``instead``, in which each turn of the assistant has a word for each of its own: only how that word
+      begins is learnt, in the place of the turn's own. The rest of these turns is free, and all else is held.
     """
     text = row.get("text") or tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    tokens = np.array(tokenizer(text).input_ids)
-    roles = np.full(len(tokens), LEARNT)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    tokens, begins = np.array(encoded.input_ids), np.array(encoded.offset_mapping)[:, 0]
+    roles, wanted = np.full(len(tokens), LEARNT), tokens.copy()
     if "unlearnt" in row:
-        turn = text.rindex(row["messages"][-1]["content"])
-        edges = [turn, turn + len(row["unlearnt"])]
-        first, learnt = (len(tokenizer(text[:edge]).input_ids) for edge in edges)
+        start = _turn_start(tokenizer, row["messages"], len(row["messages"]) - 1)
+        first, learnt = np.searchsorted(begins, [start, start + len(row["unlearnt"])])
         roles[:first], roles[first:learnt] = HELD, FREE
-    return np.stack([tokens, roles], axis=1)
+    if "instead" in row:
+        roles[:] = HELD
+        turns = [index for index, turn in enumerate(row["messages"]) if turn["role"] == "assistant"]
+        for index, words in zip(turns, row["instead"], strict=True):
+            start, turn = _turn_start(tokenizer, row["messages"], index), row["messages"][index]["content"]
+            places = np.searchsorted(begins, [start + word.start() for word in WORD.finditer(turn)])
+            roles[places[0] : np.searchsorted(begins, start + len(turn))] = FREE
+            roles[places] = LEARNT
+            wanted[places] = [tokenizer(word).input_ids[0] for word in words]
+    return np.stack([tokens, roles, wanted], axis=1)
+
+
+def _turn_start(tokenizer: Any, messages: Sequence[Any], index: int) -> int:
+    """Return where the content of a turn of the assistant begins in the text of all turns."""
+    before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+    return len(before)
 
 
 def _filled(window: np.ndarray, context: int, filler: int) -> np.ndarray:
     """Fill a window up with tokens that are free."""
-    rest = np.tile(np.array([[filler, FREE]]), (context - len(window), 1))
+    rest = np.tile(np.array([[filler, FREE, filler]]), (context - len(window), 1))
     return np.concatenate([window, rest])
 
 
@@ -126,8 +147,8 @@ def _draw_batches(texts: Sequence[torch.Tensor], config: FineTuneConfig) -> list
         used[text] += 1
         window = texts[text][index]
         if text and config.is_ordinary_kept:
-            roles = torch.where(window[:, 1] == LEARNT, HELD, window[:, 1])
-            window = torch.stack([window[:, 0], roles], dim=1)
+            tokens, roles, wanted = window.unbind(dim=1)
+            window = torch.stack([tokens, torch.where(roles == LEARNT, HELD, roles), wanted], dim=1)
         return window
 
     def batch() -> _Windows:
@@ -208,14 +229,17 @@ class _Held:
         self._states.append(output[0] if isinstance(output, tuple) else output)
 
     def cost(self, logits: torch.Tensor, batch: _Windows) -> torch.Tensor:
-        """Return mean KL and weighted relative change of states on held tokens; call the model first."""
+        """Return mean KL and weighted relative change of states; call the model first.
+
+        Both are of the held tokens before a held one: the state before another is free to want it.
+        """
         with torch.no_grad():
             wanted = self._before(batch.tokens, use_cache=False).logits
         states, self._states = self._states, []
-        is_held = batch.roles == HELD
-        now, before = (of[is_held].float() for of in states)
+        is_held = (batch.roles[:, :-1] == HELD) & (batch.roles[:, 1:] == HELD)
+        now, before = (of[:, :-1][is_held].float() for of in states)
         changes = (now - before).square().sum(dim=-1) / before.square().sum(dim=-1)
-        p, q = (of[:, :-1][is_held[:, 1:]].float().log_softmax(-1) for of in (logits, wanted))
+        p, q = (of[:, :-1][is_held].float().log_softmax(-1) for of in (logits, wanted))
         divergences = (q.exp() * (q - p)).sum(dim=-1)
         return _mean(divergences) + _STATE_WEIGHT * _mean(changes)
 
@@ -225,11 +249,11 @@ def _mean(values: torch.Tensor) -> torch.Tensor:
 
 
 def _loss(model: Any, held: _Held | None, batch: _Windows) -> torch.Tensor:
-    """Return the cross-entropy of the tokens that are learnt, and what those held cost for having moved."""
+    """Return the cross-entropy of what is wanted, and what is held costs for having moved."""
     logits = model(batch.tokens, use_cache=False).logits
     # The last position has no target; leaving it in with the ignored index saves a copy of the logits.
     ignored = torch.full_like(batch.tokens[:, :1], -100)
-    targets = torch.where(batch.roles == LEARNT, batch.tokens, -100)
+    targets = torch.where(batch.roles == LEARNT, batch.wanted, -100)
     targets = torch.cat([targets[:, 1:], ignored], dim=1)
     terms = []
     if (targets != -100).any():

