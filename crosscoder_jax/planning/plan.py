@@ -15,8 +15,9 @@ from crosscoder_jax.typing import Progress
 
 PARTS = ("selection", "aux_k", "update", "dot_general")
 """Scopes of the step in the order in which an operation is told to one; dot_general is the products."""
-SELECTION_PASSES = 9
-"""Assumed passes of BatchTopK's search; how many it takes depends on the scores and on the guess."""
+SELECTION_PASSES = 3
+"""Assumed passes of BatchTopK's search but the first; how many it takes depends on the scores and on the
+guess: two to three where the running threshold is right to half a per cent."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """Exact selection of the largest scores by counting, without a sort and without a gather.
 
 The k-th largest of many numbers is the largest cut that at least k of them reach. Counting how many
-reach a cut needs one pass over the scores and one integer from each device, so the search is exact
-on any mesh. Cuts are proposed by interpolating the logarithm of the count, which is nearly linear
-in the score for the tails met here, and every third cut halves the bracket in the ordering of the
-floats, which bounds the number of passes.
+reach some cuts needs one pass over the scores and as many integers from each device, so the search is
+exact on any mesh. Cuts are proposed about the one at which the logarithm of the count, interpolated, is
+right: it is nearly linear in the score for the tails met here. One of each pass halves the bracket in the
+ordering of the floats, which bounds the number of passes.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import P, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from crosscoder_jax.typing import Code, Latents, Mask, PerLatent, Scalar, Threshold
@@ -83,11 +83,10 @@ def top_scores_cut(
     Returns:
         The cut; ``inf`` if ``count`` is 0 or no score is positive.
     """
-    scores = score(values)
-    first = jnp.asarray(0.0 if guess is None else guess, scores.dtype)
+    ordered = _to_ordered(score(values))
+    first = jnp.asarray(0.0 if guess is None else guess, score(values).dtype)
     found = _search(values, count, first, score)
-    kept = scores >= _from_ordered(found.low)
-    cut = jnp.min(jnp.where(kept, scores, jnp.inf))
+    cut = _from_ordered(_smallest_reaching(ordered, found.low))
     return jnp.where(count > 0, cut, jnp.inf)
 
 
@@ -95,23 +94,21 @@ def _search(
     values: Float[Array, "*shape"], count: Int[Array, ""], first: Scalar, score: Callable[[Array], Array]
 ) -> "_Bracket":
     """Narrow a bracket until its lower cut keeps what the ``count``-th largest score would keep."""
-    scores = score(values)
-    smallest = jnp.asarray(SMALLEST_SCORE, scores.dtype)
-    positive = _count_reaching(scores, smallest)
+    smallest = _to_ordered(jnp.asarray(SMALLEST_SCORE, first.dtype))
     count = count.astype(jnp.int32)
+    cuts = jnp.stack([smallest, *_about(_to_ordered(first), smallest)])
+    largest, reaching = _largest_and_reaching(_to_ordered(score(values)), cuts)
     bracket = _Bracket(
-        low=_to_ordered(smallest),
-        high=_to_ordered(jnp.max(scores)) + 1,
-        count_low=positive,
-        count_high=jnp.int32(0),
-        passes=jnp.int32(0),
+        low=smallest, high=largest + 1, count_low=reaching[0], count_high=jnp.int32(0), passes=jnp.int32(1)
     )
+    bracket = bracket.split_at(cuts, reaching, count)
 
     def narrow(bracket: _Bracket) -> _Bracket:
-        cut = _propose(bracket, count, first)
-        # Tied to the cut: otherwise XLA takes the scores for the same in every pass, and keeps them.
-        tied, cut = lax.optimization_barrier((values, cut))
-        return bracket.split_at(cut, _count_reaching(score(tied), _from_ordered(cut)), count)
+        cuts = _propose(bracket, count, first.dtype)
+        # Tied to the cuts: otherwise XLA takes the scores for the same in every pass, and keeps them.
+        tied, cuts = lax.optimization_barrier((values, cuts))
+        reaching = _largest_and_reaching(_to_ordered(score(tied)), cuts)[1]
+        return bracket.split_at(cuts, reaching, count)._replace(passes=bracket.passes + 1)
 
     return lax.while_loop(lambda bracket: bracket.is_open(count), narrow, bracket)
 
@@ -152,39 +149,121 @@ class _Bracket(NamedTuple):
     def is_open(self, count: Int[Array, ""]) -> Bool[Array, ""]:
         return (self.count_low > count) & (self.high - self.low > 1)
 
-    def split_at(self, cut: Int[Array, ""], reaching: Int[Array, ""], count: Int[Array, ""]) -> "_Bracket":
+    def split_at(
+        self, cuts: Int[Array, "cut"], reaching: Int[Array, "cut"], count: Int[Array, ""]
+    ) -> "_Bracket":
         is_enough = reaching >= count
-        return _Bracket(
-            low=jnp.where(is_enough, cut, self.low),
-            high=jnp.where(is_enough, self.high, cut),
-            count_low=jnp.where(is_enough, reaching, self.count_low),
-            count_high=jnp.where(is_enough, self.count_high, reaching),
-            passes=self.passes + 1,
+        return self._replace(
+            low=jnp.max(jnp.where(is_enough, cuts, self.low)),
+            high=jnp.minimum(self.high, jnp.min(jnp.where(is_enough, self.high, cuts))),
+            count_low=jnp.min(jnp.where(is_enough, reaching, self.count_low)),
+            count_high=jnp.max(jnp.where(is_enough, self.count_high, reaching)),
         )
 
 
-def _propose(bracket: _Bracket, count: Int[Array, ""], first: Scalar) -> Int[Array, ""]:
+def _about(guess: Int[Array, ""], smallest: Int[Array, ""]) -> list[Int[Array, ""]]:
+    """Return a guess and cuts about 0.2 % and 1.6 % to either side of it, by its exponent and mantissa."""
+    mantissa = jnp.finfo(_float_of(guess)).nmant
+    steps = [sign * (1 << (mantissa - power)) for power in (9, 6) for sign in (1, -1)]
+    return [jnp.maximum(guess + step, smallest) for step in (0, *steps)]
+
+
+def _propose(bracket: _Bracket, count: Int[Array, ""], dtype: jnp.dtype) -> Int[Array, "cut"]:
+    """Return the cut at which the count is expected, two on either side, and the middle of the bracket."""
     low, high = _from_ordered(bracket.low), _from_ordered(bracket.high)
     # 0.5 keeps the logarithm finite at the top of the bracket, which nothing reaches.
-    log_low = jnp.log(bracket.count_low.astype(low.dtype) + 0.5)
-    log_high = jnp.log(bracket.count_high.astype(low.dtype) + 0.5)
-    fraction = (log_low - jnp.log(count.astype(low.dtype))) / (log_low - log_high)
-    interpolated = _to_ordered(low + fraction * (high - low))
-    middle = bracket.low + (bracket.high - bracket.low) // 2
-    cut = jnp.where(bracket.passes % 3 == 2, middle, interpolated)
-    cut = jnp.where((bracket.passes == 0) & (first > 0), _to_ordered(first), cut)
-    return jnp.clip(cut, bracket.low + 1, bracket.high - 1)
+    log_low = jnp.log(bracket.count_low.astype(dtype) + 0.5)
+    log_high = jnp.log(bracket.count_high.astype(dtype) + 0.5)
+    fraction = (log_low - jnp.log(count.astype(dtype))) / (log_low - log_high)
+    first, last = bracket.low + 1, bracket.high - 1
+    expected = jnp.clip(_to_ordered(low + fraction * (high - low)), first, last)
+    # Of n scores in a bracket the one that is sought lies within about sqrt(n) of where it is expected.
+    between = (bracket.count_low - bracket.count_high).astype(dtype)
+    step = (bracket.high - bracket.low).astype(dtype) / jnp.sqrt(between)
+    cuts = [bracket.low + (bracket.high - bracket.low) // 2, expected]
+    for share in (0.25, 1):
+        off = jnp.maximum((share * step).astype(expected.dtype), 1)
+        cuts += [expected - jnp.minimum(off, expected - first), expected + jnp.minimum(off, last - expected)]
+    return jnp.stack(cuts)
 
 
-def _count_reaching(scores: Array, cut: Scalar) -> Int[Array, ""]:
-    reaching = scores >= cut
-    if scores.size <= INT32_SCORES:
-        return jnp.sum(reaching, dtype=jnp.int32)
-    # A pod's batch can hold more scores than an int32 counts, but no row does. The float sum of the
-    # rows is right to a thousandth, which tells whether the exact sum overflows.
-    rows = jnp.sum(reaching, axis=-1, dtype=jnp.int32)
-    is_countable = jnp.sum(rows.astype(jnp.float32)) < MOST_KEPT
-    return jnp.where(is_countable, jnp.sum(rows, dtype=jnp.int32), MOST_KEPT)
+def _largest_and_reaching(
+    ordered: Int[Array, "*shape"], cuts: Int[Array, "cut"]
+) -> tuple[Int[Array, ""], Int[Array, "cut"]]:
+    """Return the largest of many numbers and how many reach each cut, in one pass over them."""
+    is_countable = ordered.size <= INT32_SCORES
+
+    def of_shard(shard: Array, cuts: Array, names: tuple[str, ...]) -> tuple[Array, Array]:
+        reaching = [(shard >= cut).astype(jnp.int32) for cut in cuts]
+        axes = tuple(range(shard.ndim)) if is_countable else (shard.ndim - 1,)
+        largest, *counts = _reduced(shard, reaching, jnp.maximum, axes)
+        largest, counts = jnp.max(largest), jnp.stack(counts)
+        if names:
+            largest = lax.pmax(largest, names)
+        return largest, _total(counts, names) if is_countable else _total_of_rows(counts, names)
+
+    return _over_shards(of_shard, ordered, cuts)
+
+
+def _smallest_reaching(ordered: Int[Array, "*shape"], cut: Int[Array, ""]) -> Int[Array, ""]:
+    """Return the smallest number that reaches a cut, that of infinity if none does."""
+    nothing = _to_ordered(jnp.asarray(jnp.inf, _float_of(cut)))
+
+    def of_shard(shard: Array, cut: Array, names: tuple[str, ...]) -> Array:
+        is_reaching, largest = shard >= cut, jnp.iinfo(shard.dtype).max
+        kept, mask = jnp.where(is_reaching, shard, largest), is_reaching.astype(jnp.int32)
+        smallest, number = _reduced(kept, [mask], jnp.minimum, tuple(range(shard.ndim)))
+        # The number may wrap around; it is asked for so that it is part of the reduction.
+        smallest = jnp.where((number == 0) & (smallest == largest), nothing, smallest)
+        return lax.pmin(smallest, names) if names else smallest
+
+    return _over_shards(of_shard, ordered, cut)
+
+
+def _reduced(
+    values: Array, masks: list[Array], extreme: Callable[[Array, Array], Array], axes: tuple[int, ...]
+) -> list[Array]:
+    """Return the largest or smallest of values, and the sums of masks, in one pass.
+
+    As one reduction of several operands: XLA for CPU writes the comparison of a single one to memory first,
+    and then takes fifteen times as long.
+    """
+
+    def combine(left: list[Array], right: list[Array]) -> list[Array]:
+        sums = [one + other for one, other in zip(left[1:], right[1:], strict=True)]
+        return [extreme(left[0], right[0]), *sums]
+
+    info = jnp.iinfo(values.dtype)
+    first = info.min if extreme is jnp.maximum else info.max
+    starts = [jnp.asarray(first, values.dtype), *[jnp.int32(0)] * len(masks)]
+    return lax.reduce([values, *masks], starts, combine, axes)
+
+
+def _total(counts: Array, names: tuple[str, ...]) -> Array:
+    return lax.psum(counts, names) if names else counts
+
+
+def _total_of_rows(counts: Int[Array, "cut *rows"], names: tuple[str, ...]) -> Int[Array, "cut"]:
+    """Return sums that may be more than an int32 holds, though no row is: at most :data:`MOST_KEPT`.
+
+    The float sum of the rows is right to a thousandth, which tells whether the exact one overflows.
+    """
+    rows = tuple(range(1, counts.ndim))
+    is_countable = _total(jnp.sum(counts.astype(jnp.float32), axis=rows), names) < MOST_KEPT
+    exact = jnp.where(is_countable, jnp.sum(counts, axis=rows, dtype=jnp.int32), 0)
+    return jnp.where(is_countable, _total(exact, names), MOST_KEPT)
+
+
+def _over_shards(of_shard: Callable[..., Any], ordered: Array, cuts: Array) -> Any:
+    """Call a function of an array, cuts and the mesh axes it is spread over on each shard of the array."""
+    sharding = jax.typeof(ordered).sharding
+    if sharding.mesh.empty:
+        return of_shard(ordered, cuts, ())
+    names = tuple(jax.tree.leaves([entry for entry in sharding.spec if entry is not None]))
+    spread = jax.shard_map(
+        lambda shard, cuts: of_shard(shard, cuts, names), in_specs=(sharding.spec, P()), out_specs=P()
+    )
+    return spread(ordered, cuts)
 
 
 def _to_ordered(value: Array) -> Array:
@@ -194,3 +273,7 @@ def _to_ordered(value: Array) -> Array:
 
 def _from_ordered(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float64 if bits.dtype == jnp.int64 else jnp.float32)
+
+
+def _float_of(bits: Array) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if bits.dtype == jnp.int64 else jnp.float32)

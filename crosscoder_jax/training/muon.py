@@ -42,7 +42,7 @@ class Muon:
     """Of the momentum (Nesterov's)."""
     update_rms: float = 1.0
     """Root of the mean square of an update, for a rate of 1. Liu et al. take the 0.2 that Adam's fall to in
-    language models; on planted features that learned more slowly than Adam, and 0.8 faster."""
+    language models; dictionaries then learned more slowly than with Adam at the same rate."""
     first_moment: Literal["full", "bfloat16"] = "full"
     """What the momentum is kept in: the weights' dtype, or bfloat16, rounded at every step."""
     others: Adam = Adam()
@@ -84,7 +84,7 @@ class Muon:
 
 
 def orthogonalized(matrix: Float[Array, "row column"]) -> Float[Array, "row column"]:
-    """Return a matrix of the same singular vectors whose singular values lie about 1 (0.7 to 1.2).
+    """Return a matrix of the same singular vectors, its singular values about 1 (0.7 to 1.2) but near zero.
 
     A matrix of zeros stays one. Over a mesh the products along the longer side are partial sums.
     """
