@@ -195,7 +195,7 @@ def test_a_measurement_reduces_partial_sums_and_nothing_else(measured):
         "latent": {(), (rows, width), (rows,)},
         # Tokens on which each of this shard's latents fired, the mean, and sums per source.
         "data": {(), (latents,), (1, latents), (width,), (1, width), (2,)},
-        "both": {(), (2,)},
+        "both": {(), (2,), (6,)},
     }
     found = collectives(measured)
     assert {kind for kind, _, _ in found} == {"all-reduce"}
