@@ -108,6 +108,9 @@ class Train(Devices):
     dedicated_k: float | None = None
     """Mean number of those active per token and source, ranked among themselves; by default they are ranked
     with all others for --k."""
+    is_parted: bool = False
+    """With --reads delta, whether all latents that are not dedicated to the change write to base alone, which
+    is what the models share; each then belongs to both models or to one."""
     tied: float = 0.0
     """Share of the latents with one decoder for all sources: designated shared latents."""
     tied_cost: float = 1.0
@@ -294,12 +297,20 @@ class Train(Devices):
         if self.reads == "delta":
             # What writes to base alone, in this basis, is shared.
             dedicated = dedicated[-1:]
+        if self.is_parted:
+            dedicated += (LatentGroup("shared", 1 - self.dedicated, writes=sources.names[:1]),)
         return dedicated if tied is None else (tied, *dedicated)
 
     def _check_groups(self) -> None:
         if not self.dedicated and (self.dedicated_k is not None or self.is_encoder_dedicated):
             raise ValueError(
                 "dedicated_k and is_encoder_dedicated are of dedicated latents: give dedicated, too"
+            )
+        if self.is_parted and (self.reads != "delta" or not self.dedicated or self.tied):
+            raise ValueError(
+                f"is_parted with reads={self.reads!r}, dedicated={self.dedicated}, tied={self.tied}: it "
+                "parts the latents of reads='delta' into those dedicated to the change and all others: give "
+                "both, and leave tied out"
             )
         if not self.tied and self.tied_cost != 1:
             raise ValueError(f"tied_cost={self.tied_cost} is of tied latents: give tied, too")

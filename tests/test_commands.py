@@ -80,6 +80,21 @@ def test_in_the_delta_basis_latents_are_dedicated_to_the_change():
     assert (group.name, group.share, group.writes) == ("difference-dedicated", 0.25, ("difference",))
 
 
+def test_in_the_delta_basis_all_others_can_be_left_to_what_is_shared():
+    change, shared = recipe(
+        reads="delta", dedicated=0.25, is_encoder_dedicated=True, dedicated_k=3.0, is_parted=True
+    ).crosscoder.groups
+    assert (change.writes, change.reads, change.k) == (("difference",), ("difference",), 3.0)
+    assert (shared.name, shared.share, shared.writes, shared.reads) == ("shared", 0.75, ("base",), None)
+    for options in (
+        {"dedicated": 0.25},
+        {"reads": "delta"},
+        {"reads": "delta", "dedicated": 0.25, "tied": 0.5},
+    ):
+        with pytest.raises(ValueError, match="is_parted with reads="):
+            recipe(is_parted=True, **options)
+
+
 def test_dedicated_latents_can_have_a_budget_of_their_own():
     made = recipe(dedicated=0.125, dedicated_k=0.5)
     assert [group.k for group in made.crosscoder.groups] == [0.5, 0.5]

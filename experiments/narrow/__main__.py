@@ -36,7 +36,7 @@ COLUMNS = (
 )
 REAL_COLUMNS = (*COLUMNS, "KL closed by ten", "KL closed by all")
 PLANTED = METHODS
-REAL = ("crosscoder", "difference SAE", "delta basis", "delta loss", "delta basis, dedicated")
+REAL = ("crosscoder", "difference SAE", "delta basis", "delta basis, dedicated", "delta basis, parted")
 
 
 @dataclasses.dataclass(frozen=True)

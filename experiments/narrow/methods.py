@@ -53,6 +53,15 @@ def _dedicated_delta(config: TrainConfig) -> TrainConfig:
     return _with(basis, groups=(cc.LatentGroup("change", 0.25, writes=(change,)),))
 
 
+def _parted_delta(config: TrainConfig) -> TrainConfig:
+    """Return the delta basis in two halves: the difference alone, with a k of its own, and what is shared."""
+    basis = _delta_basis(config)
+    (shared, change), sparsity = basis.crosscoder.sources.names, config.crosscoder.sparsity
+    assert isinstance(sparsity, cc.BatchTopK)
+    own = cc.LatentGroup("change", 0.5, reads=(change,), writes=(change,), k=DIFFERENCE_SHARE * sparsity.k)
+    return _with(basis, groups=(own, cc.LatentGroup("shared", 0.5, writes=(shared,))))
+
+
 def _with(config: TrainConfig, **changes: object) -> TrainConfig:
     return dataclasses.replace(config, crosscoder=dataclasses.replace(config.crosscoder, **changes))
 
@@ -65,6 +74,7 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     "dedicated latents": _dedicated,
     "designated shared": _designated_shared,
     "delta basis, dedicated": _dedicated_delta,
+    "delta basis, parted": _parted_delta,
 }
 
 
