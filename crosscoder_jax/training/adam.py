@@ -73,7 +73,7 @@ class Adam:
     def move(self, grad: Array, moments: "Moments", count: Int[Array, ""]) -> tuple[Array, "Moments"]:
         """Return the update of a weight at step ``count``, from 1, and its moments then."""
         mu = self.b1 * moments.mu.astype(grad.dtype) + (1 - self.b1) * grad
-        nu = self._second_moment(grad * grad, moments.nu)
+        nu = self._second_moment(grad * grad, cast("Array | Factors", moments.nu))
         v = nu.product() if isinstance(nu, Factors) else nu
         root = jnp.sqrt(v / correction(self.b2, count, v.dtype)) + self.eps
         update = mu / correction(self.b1, count, mu.dtype) / root

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
     with jax.named_scope("update"):
         updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
         if isinstance(config.optimizer, Muon):  # it moves a weight without a gradient, too
-            updates = _constrained(state, updates, config.frozen)
+            updates = _constrained(state, cast(nnx.State, updates), config.frozen)
         params = _with_tied_norms(add_updates(state.params, updates), state)
     next_state = dataclasses.replace(
         state,
