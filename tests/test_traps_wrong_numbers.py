@@ -29,7 +29,7 @@ from crosscoder_jax.sharding import Shardings, make_mesh
 from crosscoder_jax.sparsity import BatchTopK, SparseCode
 from crosscoder_jax.training.checkpoint import Checkpoints
 from crosscoder_jax.training.evaluate import evaluate
-from crosscoder_jax.training.gradients import _count_silence
+from crosscoder_jax.training.forward import count_silence
 from crosscoder_jax.training.laws import CorrectedThreshold, RunningMean
 from crosscoder_jax.training.state import init_state
 from crosscoder_jax.training.statistics import data_statistics
@@ -248,8 +248,7 @@ def test_counters_count_the_tokens_of_all_devices():
         layout = Shardings.for_mesh(mesh)
         placed = jax.device_put(code, layout.code_bl)
         since = jax.device_put(np.full(4, 100, np.int32), layout.per_latent_l)
-        sparse = SparseCode(placed, jnp.float32(0))
-        counted = jax.jit(_count_silence, static_argnums=2)(since, sparse, 16)
+        counted = jax.jit(count_silence, static_argnums=2)(since, fired_counts(placed), 16)
     np.testing.assert_array_equal(counted, [116, 116, 0, 116])
 
 

@@ -112,16 +112,32 @@ class BatchTopK:
             >>> code.tolist(), float(smallest)
             ([[3.0, 0.0, 0.0], [0.0, 0.0, 0.25]], 3.0)
         """
+        cut = self.cut(pre_acts, score_weights, step=step, threshold=threshold)
+        acts = jax.nn.relu(pre_acts)
+        is_kept = ranking_scores(lax.stop_gradient(acts), lax.stop_gradient(score_weights)) >= cut
+        return SparseCode(jnp.where(is_kept, acts, jnp.zeros_like(acts)), cut)
+
+    def cut(
+        self,
+        pre_acts: Latents,
+        score_weights: PerLatent,
+        *,
+        step: Int[Array, ""] | int | None = None,
+        threshold: Scalar | None = None,
+    ) -> Scalar:
+        """Return the smallest score of a batch that is kept, without a gradient; ``inf`` if none is."""
         self._check_count(pre_acts.shape[0])
         score_weights = lax.stop_gradient(score_weights)
 
         def score(pre_acts: Latents) -> Latents:
             return ranking_scores(jax.nn.relu(pre_acts), score_weights)
 
-        values, acts = lax.stop_gradient(pre_acts), jax.nn.relu(pre_acts)
         count = self._count(step, pre_acts.shape[0])
-        cut = top_scores_cut(values, count, guess=threshold, score=score)
-        return SparseCode(jnp.where(score(values) >= cut, acts, jnp.zeros_like(acts)), cut)
+        return top_scores_cut(lax.stop_gradient(pre_acts), count, guess=threshold, score=score)
+
+    def most_kept(self, batch_size: int) -> int:
+        """Return how many scores of a batch are kept at most, ties at the cut left out."""
+        return round(max(self.k, self.initial_k or self.k) * batch_size)
 
     def at_inference(self, pre_acts: Latents, score_weights: PerLatent, threshold: Scalar) -> Latents:
         """Return what exceeds the threshold, whatever else is in the batch."""

@@ -11,22 +11,15 @@ from jax import P, lax
 from jaxtyping import Array, Bool, Int
 
 from crosscoder_jax.crosscoder import Crosscoder
+from crosscoder_jax.kernels import native
 from crosscoder_jax.metrics import ReconstructionSums, fired_counts, l0, reconstruction_sums
 from crosscoder_jax.objectives import gate_loss
 from crosscoder_jax.sparsity import Gated, SparseCode
-from crosscoder_jax.training.config import TOKENS_CAP, TrainConfig
+from crosscoder_jax.training.config import TrainConfig
+from crosscoder_jax.training.forward import Forward, count_silence, dead_latents, encode
+from crosscoder_jax.training.kept import can_be_listed, gradients_of_kept
 from crosscoder_jax.training.state import TrainState
 from crosscoder_jax.typing import Acts, Code, Latents, Scalar, Threshold
-
-
-class Forward(NamedTuple):
-    """What the forward pass leaves for the statistics and the metrics."""
-
-    sums: ReconstructionSums
-    l0: Scalar
-    smallest_score: Threshold
-    tokens_since_fired: Int[Array, "latent"]
-    parts: dict[str, Scalar]
 
 
 class _Batch(NamedTuple):
@@ -52,13 +45,23 @@ def gradients(state: TrainState, normalized: Acts, config: TrainConfig) -> tuple
     """
     if config.micro_batches > 1 or config.is_rematerialized:
         return _gradients_by_parts(state, normalized, config)
+    dense = functools.partial(_gradients_at_once, config=config)
+    if not can_be_listed(config) or not native.is_available():
+        return dense(state, normalized)
+    return lax.platform_dependent(
+        state, normalized, cpu=functools.partial(gradients_of_kept, config=config), default=dense
+    )
 
+
+def _gradients_at_once(
+    state: TrainState, normalized: Acts, config: TrainConfig
+) -> tuple[Scalar, Forward, nnx.State]:
     def objective(params: nnx.State) -> tuple[Scalar, Forward]:
         crosscoder = nnx.merge(state.graphdef, params, state.fixed)
-        pre_acts = _pre_acts(crosscoder, normalized, config)
+        pre_acts = encode(crosscoder, normalized, config)
         sparse = _select(crosscoder, pre_acts, state)
-        since_fired = _count_silence(state.tokens_since_fired, sparse, len(normalized))
-        batch = _Batch(state.step, _is_dead(since_fired, config), None)
+        since_fired = count_silence(state.tokens_since_fired, fired_counts(sparse.code), len(normalized))
+        batch = _Batch(state.step, dead_latents(since_fired, config), None)
         sums, parts = _losses(crosscoder, normalized, pre_acts, sparse.code, batch, config)
         forward = Forward(sums, l0(sparse.code), sparse.smallest_score, since_fired, parts)
         return jax.tree.reduce(jnp.add, parts), lax.stop_gradient(forward)
@@ -76,12 +79,12 @@ def _gradients_by_parts(
     from them and the cut, so that nothing else of the forward pass stays for the backward pass.
     """
     crosscoder = nnx.merge(state.graphdef, state.params, state.fixed)
-    pre_acts = _pre_acts(crosscoder, normalized, config)
+    pre_acts = encode(crosscoder, normalized, config)
     sparse = _select(crosscoder, pre_acts, state)
-    since_fired = _count_silence(state.tokens_since_fired, sparse, len(normalized))
+    since_fired = count_silence(state.tokens_since_fired, fired_counts(sparse.code), len(normalized))
     # What lies above the next smaller number is what reaches the cut.
     below = jnp.nextafter(sparse.smallest_score, jnp.zeros_like(sparse.smallest_score))
-    batch = _Batch(state.step, _is_dead(since_fired, config), None)
+    batch = _Batch(state.step, dead_latents(since_fired, config), None)
     if batch.is_dead is not None:
         measure = functools.partial(_spread, crosscoder, pre_acts, normalized, below, config)
         nothing = functools.partial(jnp.zeros, (), normalized.dtype)
@@ -117,12 +120,12 @@ def _part_gradients(
         plain = sums.tokens, sums.total, sums.energy, sums.error
         return jax.tree.reduce(jnp.add, parts), lax.stop_gradient((plain, parts))
 
-    def encode(params: nnx.State) -> Latents:
-        return _pre_acts(nnx.merge(state.graphdef, params, state.fixed), normalized, config)
+    def encoded(params: nnx.State) -> Latents:
+        return encode(nnx.merge(state.graphdef, params, state.fixed), normalized, config)
 
     differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
     (grads, of_pre_acts), sums = differentiate(state.params, pre_acts)
-    (of_encoder,) = jax.vjp(encode, state.params)[1](of_pre_acts)
+    (of_encoder,) = jax.vjp(encoded, state.params)[1](of_pre_acts)
     return jax.tree.map(jnp.add, grads, of_encoder), sums
 
 
@@ -154,11 +157,6 @@ def _part(values: Array, index: Array, number: int) -> Array:
     )
     part = lax.dynamic_index_in_dim(parts, index, axis=1, keepdims=False)
     return part.reshape(num_rows, *rest, out_sharding=sharding.spec)
-
-
-def _pre_acts(crosscoder: Crosscoder, normalized: Acts, config: TrainConfig) -> Latents:
-    pre_acts = crosscoder.pre_acts(normalized)
-    return pre_acts if config.pre_acts == "full" else pre_acts.astype(config.pre_acts)
 
 
 def _select(crosscoder: Crosscoder, pre_acts: Latents, state: TrainState) -> SparseCode:
@@ -206,10 +204,3 @@ def _reconstruction_loss(
     return config.matryoshka(crosscoder, normalized, code, recon, config.loss)
 
 
-def _is_dead(since_fired: Int[Array, "latent"], config: TrainConfig) -> Bool[Array, "latent"] | None:
-    return None if config.aux_k is None else since_fired >= config.aux_k.dead_after_tokens
-
-
-def _count_silence(since_fired: Array, sparse: SparseCode, num_tokens: int) -> Array:
-    silent = jnp.minimum(since_fired + num_tokens, TOKENS_CAP)
-    return jnp.where(fired_counts(sparse.code) > 0, 0, silent)

@@ -1,0 +1,1 @@
+"""Fast versions, per platform, of what :mod:`crosscoder_jax.sparsity` defines."""
