@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from crosscoder_jax.commands import (
     Export,
     ImportActs,
     Plan,
+    Processes,
     Report,
     Train,
 )
@@ -39,7 +41,9 @@ from crosscoder_jax.configs import config_from_json, config_to_json
 from crosscoder_jax.language_models import HarvestConfig
 from crosscoder_jax.outputs import check_file, check_folder, check_vacant
 from crosscoder_jax.terminal import print_table, progress_bar
-from crosscoder_jax.training.preemption import PreemptedError
+from crosscoder_jax.training.preemption import PREEMPTED, PreemptedError
+from crosscoder_jax.training.watchdog import watchdog
+from crosscoder_jax.typing import Progress
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -53,8 +57,8 @@ _COUNTED = ("counts", "confirmed_by_class")
 _NOTABLE_OUTLIER_SHARE = 0.5
 """Layers of real models, without their attention sinks, have 0.01 to 0.04."""
 _LABELS_AT_ONCE = 1 << 24
-_PREEMPTED = 75
-"""What sysexits.h calls EX_TEMPFAIL: try again."""
+_LONGEST_BATCH = 1800.0
+"""Seconds in which several processes must have measured a batch, the compilation included."""
 _NOTABLE_EPOCHS = 1000
 """Published runs see their tokens once; small planted ones have taken hundreds of epochs."""
 
@@ -110,7 +114,7 @@ def _warn_of_outliers(manifest: Manifest) -> None:
             )
 
 
-C = TypeVar("C", bound=Devices)
+C = TypeVar("C", bound=Processes)
 
 
 def _in_processes(run: Callable[[C], None]) -> Callable[[C], None]:
@@ -124,6 +128,9 @@ def _in_processes(run: Callable[[C], None]) -> Callable[[C], None]:
         from crosscoder_jax.sharding import is_first_process, start_processes
 
         start_processes(config.coordinator, config.num_processes, config.process_id)
+        if not isinstance(config, Train):
+            # JAX notes a SIGTERM for those who ask, as training does; what saves nothing just ends.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with contextlib.nullcontext() if is_first_process() else _silence():
             run(config)
 
@@ -138,6 +145,19 @@ def _silence() -> Iterator[None]:
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
+
+
+@contextlib.contextmanager
+def _watched_bar(name: str, config: Processes) -> Iterator[Progress]:
+    """Show progress, without which one of several processes ends after a while, as a stuck training does."""
+    seconds = _LONGEST_BATCH if config.is_distributed else None
+    with progress_bar(name) as show, watchdog(seconds) as is_alive:
+
+        def tell(done: int, total: int, unit: str) -> None:
+            is_alive()
+            show(done, total, unit)
+
+        yield tell
 
 
 @_in_processes
@@ -233,7 +253,7 @@ def evaluate(config: Evaluate) -> None:
             f"{config.run}: was trained on null data, which no model has: evaluate without --splice"
         )
     measured_on, mesh = run.measured_on(), _mesh(config)
-    with on_mesh(mesh), progress_bar("evaluate") as progress:
+    with on_mesh(mesh), _watched_bar("evaluate", config) as progress:
         crosscoder = run.crosscoder(Shardings.for_mesh(mesh))
         metrics = measure(crosscoder, run.held_out(), batch_size=config.batch_size, progress=progress)
     record: dict[str, Any] = {"split": "held-out", "measured_on": measured_on}
@@ -275,7 +295,7 @@ def calibrate(config: Calibrate) -> None:
 
     run = Run.open(config.run, config.store)
     mesh, view = _mesh(config), run.held_out()
-    with on_mesh(mesh), progress_bar("calibrate") as progress:
+    with on_mesh(mesh), _watched_bar("calibrate", config) as progress:
         before = run.crosscoder(Shardings.for_mesh(mesh))
         after = find_threshold(before, view, batch_size=config.batch_size, progress=progress)
     run.replace_crosscoder(after, calibrated_on_tokens=view.num_tokens)
@@ -300,7 +320,7 @@ def diff(config: Diff) -> None:
     null_counts = None if config.null_run is None else read_null_counts(run, config.null_run)
     settings = DiffConfig(batch_size=config.batch_size, num_snippet_latents=config.num_snippet_latents)
     measured_on, mesh = run.measured_on(), _mesh(config)
-    with on_mesh(mesh), progress_bar("diff") as progress:
+    with on_mesh(mesh), _watched_bar("diff", config) as progress:
         crosscoder = run.crosscoder(Shardings.for_mesh(mesh))
         result = diff_run(crosscoder, run.held_out(), settings, progress)
     result.summary["measured_on"] = measured_on
@@ -430,15 +450,17 @@ def plan(config: Plan) -> None:
         console.print(line)
 
 
+@_in_processes
 def doctor(config: Doctor) -> None:
     """Look for what would stop or slow down a training run here."""
-    from crosscoder_jax.planning.doctor import Needs, examine
+    from crosscoder_jax.planning.doctor import Needs, examine, examine_together
 
     console = Console(highlight=False, soft_wrap=True)
     colours = {"ok": "green", "warning": "yellow", "broken": "red"}
     needs = Needs() if config.plan is None else Needs.read(config.plan)
     states = []
-    for finding in examine(
+    look = examine_together if config.is_distributed else examine
+    for finding in look(
         store=config.store, output=config.output, needs=needs, hosts=config.hosts, seconds=config.seconds
     ):
         states.append(finding.state)
@@ -479,7 +501,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command.
 
     Exits with 2 for wrong usage, 1 for any other mistake of the user, 130 when interrupted, 75 when a
-    training run that was told to end by SIGTERM has saved where it is: given again, the command goes on.
+    training run that was told to end by SIGTERM has saved where it is, 76 when a step of one does not end:
+    given again, the command goes on.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -501,7 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     except PreemptedError as told:
         _print_error(f"{told}: give the same command again")
-        raise SystemExit(_PREEMPTED) from None
+        raise SystemExit(PREEMPTED) from None
     except _EXPECTED_ERRORS as error:
         _print_error(name_flags(_described(error), command.config))
         _abandon_others(arguments)
@@ -585,7 +608,7 @@ def _mesh(config: Devices) -> "Mesh | None":
 def _save_command(config: Any, path: Path) -> None:
     """Keep a command beside what it wrote, without the processes that it ran in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = config.without_processes() if isinstance(config, Devices) else config
+    kept = config.without_processes() if isinstance(config, Processes) else config
     write_json_atomically(path, config_to_json(kept))
 
 

@@ -5,6 +5,7 @@ A command's fields are its options, its docstrings their help. Every command wri
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from typing import Literal
 from crosscoder_jax.activations.nulls import Null, SameModel, SwapCoordinates, SwapDocuments
 from crosscoder_jax.activations.split import Split
 from crosscoder_jax.crosscoder import CrosscoderConfig, Precision
-from crosscoder_jax.groups import LatentGroup, exclusive_groups
+from crosscoder_jax.groups import LatentGroup, Layout, exclusive_groups
 from crosscoder_jax.language_models import SpliceConfig, TextSource
 from crosscoder_jax.objectives import (
     AuxK,
@@ -37,13 +38,9 @@ _LOSSES = {"norm": ErrorNorm(), "squared": SquaredError(), "mean-squared": MeanS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Devices:
-    """What a command runs on: a mesh of devices, of this process or of several."""
+class Processes:
+    """Whether a command runs in one process or in several."""
 
-    data_shards: int = 1
-    """Devices that share a batch, over all processes."""
-    latent_shards: int = 1
-    """Devices that share the latents."""
     distributed: bool = False
     """One of several processes, each given the same command: found by JAX on TPU pods, under Slurm and other
     launchers, or told by the next three or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -61,11 +58,21 @@ class Devices:
         told = (self.coordinator, self.num_processes, self.process_id)
         return self.distributed or any(value is not None for value in told)
 
-    def without_processes(self) -> "Devices":
+    def without_processes(self) -> "Processes":
         """Return what is kept beside the run, which may go on with other processes."""
         return dataclasses.replace(
             self, distributed=False, coordinator=None, num_processes=None, process_id=None
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices(Processes):
+    """What a command runs on: a mesh of devices, of this process or of several."""
+
+    data_shards: int = 1
+    """Devices that share a batch, over all processes."""
+    latent_shards: int = 1
+    """Devices that share the latents."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +101,7 @@ class Train(Devices):
     num_latents: int = 16_384
     """Size of the dictionary."""
     k: float = 100.0
-    """Mean number of active latents per token (BatchTopK)."""
+    """Mean number of active latents per token (BatchTopK); those of --dedicated-k come on top of it."""
     l1: float | None = None
     """Weight of the L1-of-norms penalty: trains a ReLU crosscoder in place of BatchTopK, or with --sparsity
     gated a gated one. Published: 0.041 with --decoder-norm 0.005."""
@@ -106,8 +113,8 @@ class Train(Devices):
     is_encoder_dedicated: bool = False
     """Whether those read it alone, too."""
     dedicated_k: float | None = None
-    """Mean number of those active per token and source, ranked among themselves; by default they are ranked
-    with all others for --k."""
+    """Mean number of those active per token and source, ranked among themselves: a token's L0 is then the sum
+    of the budgets, --k and this for each source. By default they are ranked with all others for --k."""
     is_parted: bool = False
     """With --reads delta, whether all latents that are not dedicated to the change write to base alone, which
     is what the models share; each then belongs to both models or to one."""
@@ -116,12 +123,15 @@ class Train(Devices):
     tied_cost: float = 1.0
     """What a unit of their score costs against that of others. Published: 0.1 to 0.2."""
     delta_weight: float = 0.0
-    """Weight of a loss on the reconstruction of chat - base, beside that of the sources."""
+    """Weight of a loss on the reconstruction of chat - base, beside that of the sources; 0 trains without."""
+    delta_sources: tuple[str, str] | None = None
+    """The two sources whose difference that is, the one before the change first; by default those that are
+    read, if they are two."""
     source_weights: tuple[float, ...] | None = None
     """What each source's part of the loss is multiplied by, in the order in which they are read."""
     nested: tuple[float, ...] | None = None
     """Shares of the latents that reconstruct on their own, ascending to 1, such as 0.0625 0.25 1: a
-    Matryoshka crosscoder."""
+    Matryoshka crosscoder. Not with --dedicated or --tied."""
     num_steps: int = 10_000
     """Optimiser steps."""
     batch_size: int = 2048
@@ -177,7 +187,7 @@ class Train(Devices):
     """Steps between checkpoints; on SIGTERM one is saved at once, and the command ends with 75."""
     step_timeout: float | None = 1800.0
     """Seconds without a step done, the compilation included, after which the command prints where it is stuck
-    and ends with 1."""
+    and ends with 76."""
     optimizer: Literal["adam", "muon"] = "adam"
     """Adam, or Muon for encoder and decoder, which keeps no second moment of them: half the memory, for
     products that cost as much as the rest where a batch is four times the width."""
@@ -202,9 +212,11 @@ class Train(Devices):
         """Return the training recipe for a store's sources.
 
         Raises:
-            ValueError: if the store lacks a source, or the difference is asked for of other than two.
+            ValueError: if the store lacks a source, the difference is asked for of other than two, or
+                options make no recipe.
         """
         sources = self.read_sources(stored)
+        self._check_weights()
         loss = dataclasses.replace(_LOSSES[self.loss], source_weights=self.source_weights)
         return TrainConfig(
             crosscoder=CrosscoderConfig(
@@ -226,8 +238,8 @@ class Train(Devices):
             decay_fraction=self.decay_fraction,
             decoder_norm=self.decoder_norm,
             loss=loss,
-            delta=DeltaLoss(self.delta_weight) if self.delta_weight else None,
-            matryoshka=None if self.nested is None else Matryoshka(self.nested),
+            delta=self.delta_loss(sources),
+            matryoshka=self.matryoshka(),
             l1=None if self.l1 is None else L1OfNorms(self.l1, warmup_steps=self.warmup_steps),
             l0=self.l0_penalty(),
             start=self.start(),
@@ -257,6 +269,8 @@ class Train(Devices):
                     f"sparsity={self.sparsity!r} and l1={self.l1} do not go together: leave one out"
                 )
             return ReLU()
+        if not 0 < self.k < math.inf:
+            raise ValueError(f"k={self.k} must be positive and finite")
         if self.sparsity == "batch-top-k":
             return BatchTopK(self.k)
         if self.sparsity == "jump-relu":
@@ -279,6 +293,64 @@ class Train(Devices):
         folder = finished if finished.is_dir() else self.start_from
         return WarmStart(str(folder), self.start_sources, self.is_start_frozen)
 
+    def _check_weights(self) -> None:
+        for name in ("delta_weight", "l1", "aux_k_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} weighs a loss: it must be finite and not negative")
+
+    def delta_loss(self, sources: Sources) -> DeltaLoss | None:
+        """Return the loss on the reconstruction of a difference.
+
+        Raises:
+            ValueError: if it has no weight, or there are not two stored sources to take it of.
+        """
+        if not self.delta_weight:
+            if self.delta_sources is not None:
+                raise ValueError(
+                    f"delta_sources={self.delta_sources} are of the loss on their difference: "
+                    "give --delta-weight, too"
+                )
+            return None
+        given = f"delta_weight={self.delta_weight}"
+        if sources.is_derived or len(sources) < 2:
+            raise ValueError(
+                f"{given} with reads={self.reads!r} of {sources.names}: it is of the difference of two "
+                "stored sources that are both read: leave it out, or take reads='all' of two"
+            )
+        if self.delta_sources is None and len(sources) > 2:
+            raise ValueError(
+                f"{given} is of the difference of two sources, and {sources.names} are read: name two with "
+                "--delta-sources BEFORE AFTER"
+            )
+        before, after = self.delta_sources or sources.names
+        if before == after or not {before, after} <= set(sources.names):
+            raise ValueError(f"delta_sources={self.delta_sources} must be two of {sources.names}")
+        widths = {entry.name: entry.width for entry in sources if entry.name in (before, after)}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"{given} needs two sources of one width, not {widths}: leave it out")
+        return DeltaLoss(self.delta_weight, before, after)
+
+    def matryoshka(self) -> Matryoshka | None:
+        """Return the prefixes that reconstruct on their own.
+
+        Raises:
+            ValueError: if they are none, or latents are set apart, too.
+        """
+        if self.nested is None:
+            return None
+        if self.dedicated or self.tied:
+            raise ValueError(
+                f"nested={self.nested} with dedicated={self.dedicated}, tied={self.tied}: latents that are "
+                "set apart come first, so the first prefixes would be those: leave one or the other out"
+            )
+        try:
+            made = Matryoshka(self.nested)
+            made.sizes(self.num_latents)
+        except ValueError as error:
+            raise ValueError(f"nested={self.nested}: {error}") from error
+        return made
+
     def l0_penalty(self) -> L0Penalty | None:
         """Return the loss that moves the thresholds of JumpReLU until the mean L0 is k."""
         if self.sparsity != "jump-relu":
@@ -286,8 +358,14 @@ class Train(Devices):
         return L0Penalty(1.0, target=self.k, warmup_steps=self.warmup_steps)
 
     def groups(self, sources: Sources) -> tuple[LatentGroup, ...]:
-        """Return the groups of latents under rules of their own."""
+        """Return the groups of latents under rules of their own.
+
+        Raises:
+            ValueError: if their options do not go together, or they do not fit the latents.
+        """
         self._check_groups()
+        self._check_shares(sources)
+        self._check_dedicated_k()
         tied = LatentGroup("tied", self.tied, is_tied=True, cost=self.tied_cost) if self.tied else None
         if not self.dedicated:
             return () if tied is None else (tied,)
@@ -299,7 +377,15 @@ class Train(Devices):
             dedicated = dedicated[-1:]
         if self.is_parted:
             dedicated += (LatentGroup("shared", 1 - self.dedicated, writes=sources.names[:1]),)
-        return dedicated if tied is None else (tied, *dedicated)
+        groups = dedicated if tied is None else (tied, *dedicated)
+        for group, size in zip(groups, Layout(groups, sources, self.num_latents).sizes, strict=True):
+            if group.k is not None and group.k > size:
+                raise ValueError(
+                    f"dedicated_k={self.dedicated_k} is more than the {size} latents of "
+                    f"dedicated={self.dedicated} of num_latents={self.num_latents}: take fewer, or a larger "
+                    "share"
+                )
+        return groups
 
     def _check_groups(self) -> None:
         if not self.dedicated and (self.dedicated_k is not None or self.is_encoder_dedicated):
@@ -314,6 +400,56 @@ class Train(Devices):
             )
         if not self.tied and self.tied_cost != 1:
             raise ValueError(f"tied_cost={self.tied_cost} is of tied latents: give tied, too")
+        if self.tied and self.reads == "delta":
+            raise ValueError(
+                f"tied={self.tied} with reads='delta': one decoder for base and for the change is none that "
+                "base and chat share: leave it out"
+            )
+        if not 0 < self.tied_cost < math.inf:
+            raise ValueError(f"tied_cost={self.tied_cost} must be positive and finite")
+
+    def _check_shares(self, sources: Sources) -> None:
+        for name in ("dedicated", "tied"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share} is a share of the latents: it must lie between 0 and 1")
+            if share and len(sources) == 1:
+                raise ValueError(
+                    f"{name}={share} tells sources apart, and {sources.names[0]!r} is read alone: leave it "
+                    "out, or read two"
+                )
+            if share and round(share * self.num_latents) < 1:
+                raise ValueError(
+                    f"{name}={share} of num_latents={self.num_latents} is no latent: take "
+                    f"{1 / self.num_latents:.2g} or more, or leave it out"
+                )
+        written = sources.names[-1:] if self.reads == "delta" else sources.names
+        total = len(written) * self.dedicated + self.tied
+        if total > 1 + 1e-9:
+            raise ValueError(
+                f"dedicated={self.dedicated} for each of {written} and tied={self.tied} are shares of "
+                f"{total:g} together, more than all latents: take {(1 - self.tied) / len(written):g} or less "
+                "for each"
+            )
+        if self.is_parted and round((1 - self.dedicated) * self.num_latents) < 1:
+            raise ValueError(
+                f"dedicated={self.dedicated} with --is-parted leaves no latent to what is shared: take less"
+            )
+
+    def _check_dedicated_k(self) -> None:
+        if self.dedicated_k is None:
+            return
+        given = f"dedicated_k={self.dedicated_k}"
+        if not 0 < self.dedicated_k < math.inf:
+            raise ValueError(f"{given} must be positive and finite")
+        if self.l1 is not None or self.sparsity not in ("batch-top-k", "top-k"):
+            rule = f"sparsity={self.sparsity!r}" if self.l1 is None else f"l1={self.l1}"
+            raise ValueError(
+                f"{given} with {rule}: only what ranks latents keeps to a k: leave it out, or take "
+                "sparsity='batch-top-k'"
+            )
+        if self.sparsity == "top-k" and not self.dedicated_k.is_integer():
+            raise ValueError(f"{given} must be whole with sparsity='top-k': every token has as many")
 
     def runs(self) -> Sequence["Train"]:
         """Return the commands that train one crosscoder each, which this one trains together.
@@ -472,7 +608,7 @@ def _optimizer(command: Train | Plan) -> Adam | Muon:
 
 
 @dataclasses.dataclass(frozen=True)
-class Doctor:
+class Doctor(Processes):
     """Look for what would stop or slow down a training run here; exits with 1 if something is broken."""
 
     store: Path | None = None
@@ -481,8 +617,9 @@ class Doctor:
     """Where checkpoints are to go."""
     plan: Path | None = None
     """What `plan --json` printed: devices, memory, disk and store are compared with its cheapest mesh."""
-    hosts: int = 1
-    """That train together and must share the output."""
+    hosts: int | None = None
+    """That train together and must share the output, of which this is one; those of the plan by default. With
+    --distributed, given on all of them, each is looked at, and whether all see the output is tried."""
     seconds: float = 3.0
     """To read from the store for."""
 

@@ -255,14 +255,18 @@ class Crosscoder(nnx.Module):
         """Return each latent's decoder norm in each source, *normalised* units."""
         return self.config.sources.norms(self.w_dec[...])
 
+    def code_norms(self) -> ScoreWeights:
+        """Return how large a unit of each latent's activation is in what it writes, whatever its cost."""
+        return self.config.code_norm(self.decoder_norms())
+
     def score_weights(self) -> ScoreWeights:
         """Return what each latent's activation is multiplied by for ranking: its norms over its cost."""
-        weights = self.config.code_norm(self.decoder_norms())
+        weights = self.code_norms()
         return weights / self._costs() if self.config.groups else weights
 
     def penalty_weights(self) -> ScoreWeights:
         """Return what an L1 penalty multiplies each latent's activation by: its norms times its cost."""
-        weights = self.config.code_norm(self.decoder_norms())
+        weights = self.code_norms()
         return weights * self._costs() if self.config.groups else weights
 
     def _costs(self) -> PerLatent:

@@ -177,7 +177,8 @@ class Layout:
         """Return decoder weights, or their gradient, as the groups allow them.
 
         Zero where a group does not write, and the mean over the sources it writes where it is tied: the
-        orthogonal projection, so that weights which a constrained gradient moves stay as they must.
+        orthogonal projection, which leaves weights that are as they must be alone. A step along a projected
+        gradient keeps them so; an optimiser's step may not, and its outcome is to be projected, too.
         """
         return self._tie(self.constrain(values, shardings, "writes"), shardings)
 
@@ -199,6 +200,8 @@ class Layout:
         return jnp.concatenate(parts, axis=1)
 
     def _tie(self, values: DecoderWeights, shardings: Shardings) -> DecoderWeights:
+        if not any(group.is_tied for group in self.groups):
+            return values
         members = self._members(self._index(shardings))
         parts = list(self.sources.split(values))
         for group, is_member in zip(self.groups, members, strict=True):

@@ -86,7 +86,7 @@ class DeltaLoss:
     difference is one of raw activations, times the geometric mean of the two sources' scales.
 
     Raises:
-        ValueError: if the weight is not positive.
+        ValueError: if the weight is not positive, or the two are one.
 
     References:
         arXiv 2603.04426 (Delta-Crosscoder).
@@ -94,14 +94,16 @@ class DeltaLoss:
 
     weight: float
     """Share of this loss beside the reconstruction loss, whose kind it has."""
-    before: int = 0
-    """Index of the source before the change."""
-    after: int = 1
-    """Index of the source after it."""
+    before: str
+    """Name of the source before the change, which is read as it is stored."""
+    after: str
+    """Name of the source after it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise ValueError(f"weight={self.weight} of the delta loss must be positive and finite")
+        if self.before == self.after:
+            raise ValueError(f"before={self.before!r} and after={self.after!r} of the delta loss must differ")
 
     def check(self, sources: Sources) -> None:
         """Refuse sources of which no difference can be taken.
@@ -109,13 +111,20 @@ class DeltaLoss:
         Raises:
             ValueError: naming them.
         """
-        for name in ("before", "after"):
-            if not 0 <= getattr(self, name) < len(sources):
+        stored = {entry.name: entry for entry in sources if entry.combination is None}
+        for field in ("before", "after"):
+            name = getattr(self, field)
+            if name in sources.names and name not in stored:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} of the delta loss is no index into {sources.names}"
+                    f"{field}={name!r} of the delta loss is a combination of stored sources, whose "
+                    "difference from another is none of two models: name two that are read as they are stored"
                 )
-        before, after = sources.entries[self.before], sources.entries[self.after]
-        if before == after or before.width != after.width:
+            if name not in stored:
+                raise ValueError(
+                    f"{field}={name!r} of the delta loss is not read: name one of {tuple(stored)}"
+                )
+        before, after = stored[self.before], stored[self.after]
+        if before.width != after.width:
             raise ValueError(
                 f"the delta loss needs two sources of one width, not {before.name!r} of width "
                 f"{before.width} and {after.name!r} of width {after.width}"
@@ -130,9 +139,10 @@ class DeltaLoss:
             loss: its kind; weights of sources play no part.
         """
         sources, scale = crosscoder.config.sources, crosscoder.scale[...]
+        before, after = (sources.names.index(name) for name in (self.before, self.after))
         parts = sources.split(residual)
-        ratio = jnp.sqrt(scale[self.before] / scale[self.after])
-        delta = ratio * parts[self.after] - parts[self.before] / ratio
+        ratio = jnp.sqrt(scale[before] / scale[after])
+        delta = ratio * parts[after] - parts[before] / ratio
         alone = Sources((Source("difference", delta.shape[-1]),))
         return self.weight * dataclasses.replace(loss, source_weights=None)(delta, alone)
 
@@ -293,8 +303,9 @@ class AuxK:
     """Let dead latents reconstruct what the live ones leave over.
 
     ``weight * mean ||e - ehat||^2 / mean ||e - mean e||^2`` with the residual e detached and ehat
-    decoded without bias from the ``k_aux`` dead latents of each token with the largest scores. Sums are
-    in the dtype of the crosscoder, also in float64, where the published code stays in float32.
+    decoded without bias from the ``k_aux`` dead latents of each token with the largest activations times
+    decoder norms; costs of groups play no part. Sums are in the dtype of the crosscoder, also in float64,
+    where the published code stays in float32.
 
     Raises:
         ValueError: if a value is out of range.
@@ -373,7 +384,7 @@ def _dead_code(
     k_aux: int,
 ) -> Latents:
     acts = jnp.where(is_dead, jax.nn.relu(pre_acts), 0.0)
-    scores = lax.stop_gradient(ranking_scores(acts, _shared_weights(crosscoder)))
+    scores = lax.stop_gradient(ranking_scores(acts, _shared_norms(crosscoder)))
     # While all dead latents fit there is nothing to rank, which is nearly always.
     keep = lax.cond(
         num_dead <= k_aux,
@@ -384,7 +395,8 @@ def _dead_code(
     return jnp.where(keep, acts, 0.0)
 
 
-def _shared_weights(crosscoder: Crosscoder) -> PerLatent:
+def _shared_norms(crosscoder: Crosscoder) -> PerLatent:
+    # By norms and not by scores: a cheap group's dead latents would keep all others from being revived.
+    norms = crosscoder.code_norms()
     # Dead latents share one code: they are to be revived, not told apart by source.
-    weights = crosscoder.score_weights()
-    return jnp.sum(weights, axis=0) if crosscoder.config.is_decoupled else weights
+    return jnp.sum(norms, axis=0) if crosscoder.config.is_decoupled else norms

@@ -3,15 +3,15 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import P
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Int, Shaped
 
 HEARTBEAT_SECONDS = 20
@@ -186,7 +186,8 @@ def make_mesh(data: int, latent: int) -> Mesh:
         latent: number of shards of the latents.
 
     Raises:
-        ValueError: if there are fewer devices, or a process of the run would have none of them.
+        ValueError: if there are fewer devices, a process of the run would have none of them, or they are
+            wired in another shape.
     """
     available = jax.device_count()
     if data < 1 or latent < 1 or data * latent > available:
@@ -200,7 +201,59 @@ def make_mesh(data: int, latent: int) -> Mesh:
             f"data={data} x latent={latent} leaves the processes {sorted(idle)} of {jax.process_count()} "
             f"without a device: spread over all {available} devices, or start fewer processes"
         )
-    return jax.make_mesh((data, latent), ("data", "latent"), devices=devices)
+    return mesh_of(jax.devices(), data, latent)
+
+
+def mesh_of(devices: Sequence[Any], data: int, latent: int) -> Mesh:
+    """Make an explicit mesh of the first ``data * latent`` of some devices, which need not be here.
+
+    Raises:
+        ValueError: as :func:`device_array`.
+    """
+    placed = device_array(devices, data, latent)
+    return Mesh(placed, ("data", "latent"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def device_array(devices: Sequence[Any], data: int, latent: int) -> Shaped[np.ndarray, "data latent"]:
+    """Return the first ``data * latent`` of some devices as their mesh has them.
+
+    On TPU neighbours in the mesh are chips that are wired to each other, as far as that goes: where a
+    dimension of the wiring must be divided between both axes it is, which ``jax.make_mesh`` refuses on
+    v5p and v6e.
+
+    Args:
+        devices: in the order in which JAX lists them.
+        data: number of shards of the tokens of a batch.
+        latent: number of shards of the latents.
+
+    Raises:
+        ValueError: if these devices are no block of the wiring, or of several TPU slices, naming meshes that
+            can be made.
+    """
+    placed = _wired(devices[: data * latent], data, latent)
+    if placed is None:
+        raise ValueError(
+            f"data={data} x latent={latent}: the first {data * latent} of {len(devices)} TPU chips are no "
+            f"block of one slice's wiring: {_meshes_of_all(devices)}"
+        )
+    return placed
+
+
+def _wired(devices: Sequence[Any], data: int, latent: int) -> np.ndarray | None:
+    # Of GPUs JAX calls each host a slice, and their order is right on any number of them.
+    is_tpu = devices[0].platform == "tpu"
+    if is_tpu and len({getattr(device, "slice_index", None) for device in devices}) > 1:
+        return None
+    try:
+        return mesh_utils.create_device_mesh((data, latent), devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError):
+        return None
+
+
+def _meshes_of_all(devices: Sequence[Any]) -> str:
+    splits = [(data, len(devices) // data) for data in range(1, len(devices) + 1) if len(devices) % data == 0]
+    made = [f"{data}x{latent}" for data, latent in splits if _wired(devices, data, latent) is not None]
+    return f"use {', '.join(made)}" if made else "start on the chips of one slice"
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:

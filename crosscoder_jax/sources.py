@@ -1,7 +1,7 @@
 """What a crosscoder reads: one or more sources on one concatenated width axis."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -177,6 +177,34 @@ class Sources:
         dtype = jnp.promote_types(stored_acts.dtype, jnp.float32)
         return self.derive(stored_acts.astype(dtype), stored)
 
+    def made_of(self, stored: "Sources") -> "Sources":
+        """Return those of the stored sources that these are, or are combined of.
+
+        They come in the order in which these name them, but what is subtracted comes before what it is
+        subtracted from: of ``base`` and ``chat - base`` they are base and chat, however the store orders
+        them and whatever else it holds.
+
+        Raises:
+            ValueError: as :meth:`derive`.
+
+        Examples:
+            >>> base, mid, chat = Source("base", 4), Source("mid", 4), Source("chat", 4)
+            >>> Sources((difference(chat, base),)).made_of(Sources((chat, mid, base))).names
+            ('base', 'chat')
+        """
+        pairs = [pair for row in self._rows(stored) for pair in row]
+        subtracted = dict.fromkeys(i for i, coefficient in pairs if coefficient < 0)
+        order = subtracted | dict.fromkeys(i for i, _ in pairs)
+        return Sources(tuple(stored.entries[i] for i in order))
+
+    def is_basis_of(self, stored: "Sources") -> bool:
+        """Tell whether these sources determine all of the stored ones, as a difference alone does not.
+
+        Raises:
+            ValueError: as :meth:`derive`.
+        """
+        return _inverse(_dense(self._rows(stored), range(len(stored)))) is not None
+
     def to_stored_decoder(
         self, w_dec: Float[Array, "latent width"], stored: "Sources"
     ) -> Float[Array, "latent stored_width"]:
@@ -185,19 +213,21 @@ class Sources:
         If the sources are ``C @ stored`` with an invertible ``C``, a decoder ``d`` of them is
         ``C^-1 d`` in stored space: adding it there adds ``d`` here.
 
+        Args:
+            w_dec: raw decoders of these sources.
+            stored: all of what these are made of, and nothing else, see :meth:`made_of`.
+
         Raises:
             ValueError: if the combination cannot be inverted, as for a difference alone.
         """
         matrix = self._coefficients(stored)
         if matrix is None:
             return w_dec
-        inverse = _inverse(matrix, len(stored))
+        inverse = _inverse(_dense(matrix, range(len(stored))))
         if inverse is None:
-            raise ValueError(
-                f"sources {self.names} do not determine the stored sources {stored.names}: "
-                "train on a basis of them, such as before and after - before"
-            )
-        return _combine_all(inverse, self.split(w_dec))
+            raise ValueError(self._undetermined(stored.names))
+        rows = _nonzero(inverse)
+        return jnp.concatenate([_combine(row, self.split(w_dec)) for row in rows], axis=-1)
 
     def to_stored_acts(
         self,
@@ -207,10 +237,10 @@ class Sources:
     ) -> dict[str, Float[Array, "batch _"]]:
         """Return what activations of these sources make of the stored ones, by stored name.
 
-        If the sources are ``C @ stored`` with an invertible ``C``, that is ``C^-1 own_acts``. If not,
-        each source is solved for the first stored one it names, the others staying as they are
-        stored: a difference ``after - before`` gives ``after = own_acts + before`` and nothing for
-        ``before``.
+        If the sources are ``C @ stored`` with an invertible ``C`` of the stored sources that they name,
+        that is ``C^-1 own_acts``; what else is stored plays no part. If there are more than can be solved
+        for, each source is solved for the first stored one it names, the others staying as they are stored:
+        a difference ``after - before`` gives ``after = own_acts + before`` and nothing for ``before``.
 
         Args:
             own_acts: of these sources, such as a reconstruction, raw units.
@@ -218,28 +248,34 @@ class Sources:
             stored: what ``stored_acts`` holds.
 
         Raises:
-            ValueError: if two sources would be solved for the same stored one.
+            ValueError: if the sources do not determine what they would be solved for.
         """
-        matrix = self._coefficients(stored)
-        inverse = None if matrix is None else _inverse(matrix, len(stored))
-        if matrix is None or inverse is not None:
-            carried = own_acts if inverse is None else _combine_all(inverse, self.split(own_acts))
-            return dict(zip(stored.names, stored.split(carried), strict=True))
-        targets = [stored.names[row[0][0]] for row in matrix]
-        if len(set(targets)) != len(targets):
-            raise ValueError(
-                f"sources {self.names} say two things of the same stored source ({', '.join(targets)}): "
-                "train on a basis of the stored sources, such as before and after - before"
-            )
-        parts, solved = stored.split(stored_acts), {}
-        for own, row, target in zip(self.split(own_acts), matrix, targets, strict=True):
-            coefficient = row[0][1]
-            others = [(i + 1, -c / coefficient) for i, c in row[1:]]
-            solved[target] = _combine([(0, 1 / coefficient), *others], (own, *parts))
-        return solved
+        rows = self._rows(stored)
+        named = sorted({i for row in rows for i, _ in row})
+        solved = named if len(named) == len(rows) else [row[0][0] for row in rows]
+        inverse = _inverse(_dense(rows, solved))
+        if inverse is None:
+            raise ValueError(self._undetermined(dict.fromkeys(stored.names[i] for i in solved)))
+        held = [i for i in named if i not in solved]
+        # C_solved x = own - C_held held: what is solved for may also stand in another source's combination.
+        combined = _nonzero(np.hstack([inverse, -inverse @ _dense(rows, held)]))
+        stored_parts = stored.split(stored_acts)
+        parts = (*self.split(own_acts), *(stored_parts[i] for i in held))
+        return {stored.names[i]: _combine(row, parts) for i, row in zip(solved, combined, strict=True)}
+
+    def _undetermined(self, names: Iterable[str]) -> str:
+        return (
+            f"sources {self.names} do not determine the stored sources {tuple(names)}: "
+            "train on a basis of them, such as before and after - before"
+        )
 
     def _coefficients(self, stored: "Sources") -> list[list[tuple[int, float]]] | None:
         """Return (index into stored, coefficient) pairs per source; ``None`` for the identity."""
+        rows = self._rows(stored)
+        return None if rows == [[(i, 1.0)] for i in range(len(stored))] else rows
+
+    def _rows(self, stored: "Sources") -> list[list[tuple[int, float]]]:
+        """Return (index into stored, coefficient) pairs per source."""
         positions = {name: i for i, name in enumerate(stored.names)}
         matrix = []
         for entry in self.entries:
@@ -253,8 +289,7 @@ class Sources:
                         f"width {stored.entries[positions[name]].width}"
                     )
             matrix.append([(positions[name], coefficient) for name, coefficient in pairs])
-        identity = [[(i, 1.0)] for i in range(len(stored))]
-        return None if matrix == identity else matrix
+        return matrix
 
 
 def safe_norm(rows: Float[Array, "latent width"]) -> Float[Array, "latent"]:
@@ -272,14 +307,21 @@ def _combine(row: list[tuple[int, float]], parts: tuple[Array, ...]) -> Array:
     return jax.tree.reduce(jnp.add, terms)
 
 
-def _inverse(matrix: list[list[tuple[int, float]]], num_stored: int) -> np.ndarray | None:
-    """Return the inverse of a combination as a dense matrix; ``None`` if it has none."""
-    dense = np.array([[dict(row).get(i, 0.0) for i in range(num_stored)] for row in matrix])
+def _dense(rows: list[list[tuple[int, float]]], columns: Sequence[int]) -> np.ndarray:
+    """Return some columns of a combination as a dense matrix."""
+    dense = np.zeros((len(rows), len(columns)))
+    for place, row in enumerate(rows):
+        dense[place] = [dict(row).get(i, 0.0) for i in columns]
+    return dense
+
+
+def _inverse(dense: np.ndarray) -> np.ndarray | None:
+    """Return the inverse of a matrix; ``None`` if it has none."""
     if dense.shape[0] != dense.shape[1] or np.linalg.matrix_rank(dense) < dense.shape[0]:
         return None
     return np.linalg.inv(dense)
 
 
-def _combine_all(matrix: np.ndarray, parts: tuple[Array, ...]) -> Array:
-    rows = [[(i, float(value)) for i, value in enumerate(row) if value] for row in matrix]
-    return jnp.concatenate([_combine(row, parts) for row in rows], axis=-1)
+def _nonzero(dense: np.ndarray) -> list[list[tuple[int, float]]]:
+    """Return (column, coefficient) pairs per row."""
+    return [[(i, float(value)) for i, value in enumerate(row) if value] for row in dense]

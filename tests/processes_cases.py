@@ -6,7 +6,7 @@ import unittest.mock
 from pathlib import Path
 
 import numpy as np
-from training_cases import activations, recipe, write_store
+from training_cases import activations, recipe, selected, write_store
 
 import crosscoder_jax as cc
 from crosscoder_jax.activations import ActivationStore, Split, TokenView
@@ -52,16 +52,18 @@ def begun_with(run):
 def train(folder, shape, seen, progress=None, options=OPTIONS, *, is_warm=False):
     """Train the run, or one that begins with it.
 
-    Notes which latents fired at each step, which files were read, and what it is.
+    Notes what was kept of each token at each step, which files were read, and what it is.
     """
     folder = Path(folder)
     store = ActivationStore.open(folder.parent / "store")
-    fired, files = [], set()
+    kept, files = [], set()
     step, read_rows = loop.train_step, ActivationStore.read_rows
 
     def noted_step(*arguments, **settings):
+        kept.append(to_host(selected(*arguments)))
         state, metrics = step(*arguments, **settings)
-        fired.append(to_host(state.tokens_since_fired) == 0)
+        # What the step itself kept, by the latents.
+        np.testing.assert_array_equal(to_host(state.tokens_since_fired) == 0, kept[-1].any(axis=0))
         return state, metrics
 
     def noted_rows(self, token_index):
@@ -91,7 +93,7 @@ def train(folder, shape, seen, progress=None, options=OPTIONS, *, is_warm=False)
                 progress=progress,
             )
         finally:
-            seen.update(fired=np.array(fired), files=np.array(sorted(files)))
+            seen.update(kept=np.array(kept), files=np.array(sorted(files)))
     view = TokenView.of_split(store, OPTIONS.split, held_out=True)
     with on_mesh(mesh):
         measured = evaluate(calibrate(crosscoder, view, batch_size=BATCH), view, batch_size=BATCH)

@@ -701,6 +701,26 @@ def test_a_missing_store_names_the_command_that_writes_one(capsys, tmp_path):
         ("--held-out 1e-9", "a held-out share of 1e-09 holds out none of its 75 documents: change the share"),
         ("--held-out 0.999999", "a held-out share of 0.999999 leaves none to train on of its 75 documents"),
         ("--batch-size 1500", "--batch-size=1500 is more than the 1100 tokens of"),
+        ("--delta-weight -1", "--delta-weight=-1.0 weighs a loss: it must be finite and not negative"),
+        ("--delta-weight 1", "--delta-weight=1.0 needs two sources of one width, not {'base': 6, 'chat': 5}"),
+        (
+            "--delta-weight 1 --delta-sources base mid",
+            "--delta-sources=('base', 'mid') must be two of ('base',",
+        ),
+        ("--dedicated 0.6", "--dedicated=0.6 for each of ('base', 'chat') and --tied=0.0 are shares of 1.2"),
+        (
+            "--sparsity top-k --dedicated 0.25 --dedicated-k 0.5",
+            "--dedicated-k=0.5 must be whole with --sparsity='top-k'",
+        ),
+        (
+            "--sparsity jump-relu --dedicated 0.25 --dedicated-k 1",
+            "--dedicated-k=1.0 with --sparsity='jump-relu': only what ranks latents keeps to a k: leave it",
+        ),
+        (
+            "--dedicated 0.25 --dedicated-k 100",
+            "--dedicated-k=100.0 is more than the 6 latents of --dedicated=0.25 of --num-latents=24",
+        ),
+        ("--nested 0.5", "--nested=(0.5,): shares=(0.5,) must be positive and ascend to 1"),
         ("--output {store}", "lies in the store"),
         ("--output {store}/run", "lies in the store"),
         ("--output {store}/run --seeds 2", "lies in the store"),

@@ -1,10 +1,12 @@
 """The command in several processes: told to end, killed, refused; and what it leaves behind."""
 
+import contextlib
 import json
 import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,11 +15,16 @@ import pytest
 from processes import Together, free_port
 from training_cases import write_store
 
-from crosscoder_jax import cli
-from crosscoder_jax.commands import Train
+from crosscoder_jax import cli, sharding
+from crosscoder_jax.commands import Calibrate, Diff, Doctor, Evaluate, Train
 from crosscoder_jax.training.tracking import read_metrics
 
 MAIN = ["-c", "import sys; from crosscoder_jax.cli import main; main()"]
+
+GLOO = re.compile(
+    r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+"
+)
+"""What XLA says of its connections, in pieces: its threads interrupt each other."""
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +101,8 @@ def test_two_processes_calibrate_evaluate_and_diff_as_one(tmp_path):
         words = [[*MAIN, name, "--run", run, *together, index] for index in range(2)]
         with Together(words, tmp_path / name, devices=2) as both:
             assert both.wait(200) == [0, 0], both.output()
-        heard = (tmp_path / name / "process-1.log").read_text().splitlines()
-        assert all(line.startswith("[Gloo]") for line in heard), "but for XLA the first alone is heard"
+        heard = (tmp_path / name / "process-1.log").read_text()
+        assert not GLOO.sub("", heard).split(), "but for XLA the first alone is heard"
         kept = json.loads((run / f"{name}.command.json").read_text())
         assert (kept["data_shards"], kept["num_processes"]) == (2, None)
     ours, theirs = (json.loads((at / "evaluation.json").read_text()) for at in (run, alone))
@@ -105,6 +112,96 @@ def test_two_processes_calibrate_evaluate_and_diff_as_one(tmp_path):
     assert ours.column_names == theirs.column_names
     for column in ("delta_norm", "frequency", "nu_error"):
         np.testing.assert_allclose(ours[column], theirs[column], rtol=1e-3, atol=1e-6, err_msg=column)
+
+
+@pytest.mark.parametrize("stopped", [1, 0])
+def test_a_host_that_no_longer_answers_ends_the_other(place, tmp_path, stopped):
+    """As when its network is gone: its connections stay open, unlike those of a killed one, and only the
+    heartbeat tells.
+
+    The first process is also the one that listens for the heartbeats.
+    """
+    with Together(commands(place, 2, output=tmp_path / "run"), tmp_path / "logs", devices=2) as run:
+        wait_for_step(tmp_path, run, 2)
+        run.processes[stopped].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        assert run.processes[1 - stopped].wait(60) not in (0, 75), run.output()
+        assert time.monotonic() - began < sharding.HEARTBEAT_SECONDS + 15
+
+
+SLOW = """
+import sys, time
+from crosscoder_jax.training import evaluate
+mark, placed = sys.argv.pop(), evaluate._placed
+
+def slowly(*arguments):
+    open(mark, "w").close()
+    time.sleep(1)
+    return placed(*arguments)
+
+evaluate._placed = slowly
+from crosscoder_jax.cli import main
+main()
+"""
+
+
+def test_sigterm_to_one_of_two_processes_that_measure_ends_both(tmp_path):
+    """They have nothing to save; JAX alone would note the order and go on."""
+    run = tmp_path / "run"
+    write_store(tmp_path / "store")
+    recipe = "--num-steps 2 --num-latents 16 --k 3 --batch-size 32 --warmup-steps 1"
+    cli.main(["train", "--store", str(tmp_path / "store"), "--output", str(run), *recipe.split()])
+    together = ["--data-shards", 2, "--latent-shards", 2, "--num-processes", 2, "--batch-size", 8]
+    together += ["--coordinator", f"127.0.0.1:{free_port()}", "--process-id"]
+    marks = [tmp_path / f"began-{index}" for index in range(2)]
+    words = [["-c", SLOW, "calibrate", "--run", run, *together, i, mark] for i, mark in enumerate(marks)]
+    with Together(words, tmp_path / "logs", devices=2) as both:
+        deadline = time.monotonic() + 100
+        while not all(mark.exists() for mark in marks):
+            assert time.monotonic() < deadline, both.output()
+            time.sleep(0.1)
+        both.processes[1].send_signal(signal.SIGTERM)
+        assert both.processes[1].wait(5) == -signal.SIGTERM
+        assert both.processes[0].wait(40) not in (0, 75), both.output()
+
+
+@pytest.mark.parametrize(
+    ("config", "is_ended"),
+    [
+        (Train(Path(), Path(), distributed=True), False),
+        (Calibrate(Path(), distributed=True), True),
+        (Evaluate(Path(), distributed=True), True),
+        (Diff(Path(), distributed=True), True),
+        (Doctor(distributed=True), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_training_alone_is_asked_to_end_and_not_ended(config, is_ended, monkeypatch):
+    """What starts the processes takes the signal; of all commands training alone lets it."""
+    taken = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sharding, "start_processes", lambda *_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    handlers = []
+    try:
+        cli._in_processes(lambda _: handlers.append(signal.getsignal(signal.SIGTERM)))(config)
+    finally:
+        signal.signal(signal.SIGTERM, taken)
+    assert handlers == [signal.SIG_DFL if is_ended else signal.SIG_IGN]
+
+
+@pytest.mark.parametrize(("options", "seconds"), [({"distributed": True}, 1800.0), ({}, None)])
+def test_several_processes_that_measure_are_watched(options, seconds, monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def watchdog(limit):
+        told.append(limit)
+        yield lambda: told.append("alive")
+
+    monkeypatch.setattr(cli, "watchdog", watchdog)
+    with cli._watched_bar("diff", Diff(Path(), **options)) as progress:
+        progress(1, 2, "tokens")
+        progress(2, 2, "tokens")
+    assert told == [seconds, "alive", "alive"]
 
 
 def test_models_are_not_spliced_in_several_processes(tmp_path):

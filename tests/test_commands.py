@@ -70,9 +70,117 @@ def test_shares_of_the_latents_become_groups_the_tied_ones_first():
 def test_losses_beside_the_reconstruction():
     made = recipe(delta_weight=2.0, source_weights=(1.0, 3.0), nested=(0.25, 1.0), loss="squared")
     assert made.loss == cc.SquaredError((1.0, 3.0))
-    assert made.delta == cc.DeltaLoss(2.0)
+    assert made.delta == cc.DeltaLoss(2.0, "base", "chat")
     assert made.matryoshka == cc.Matryoshka((0.25, 1.0))
     assert (recipe().delta, recipe().matryoshka, recipe().loss) == (None, None, cc.ErrorNorm())
+
+
+LAYERS = cc.Sources(tuple(cc.Source(name, 6) for name in ("base.L1", "base.L2", "chat.L1", "chat.L2")))
+
+
+def recipe_of_layers(**options):
+    return Train(Path("store"), Path("run"), num_latents=64, k=4.0, **options).recipe(LAYERS)
+
+
+def test_the_loss_on_the_difference_is_of_the_sources_that_are_named():
+    named = recipe_of_layers(delta_weight=2.0, delta_sources=("base.L2", "chat.L2"))
+    assert named.delta == cc.DeltaLoss(2.0, "base.L2", "chat.L2")
+    read = recipe_of_layers(delta_weight=2.0, sources=("base.L1", "chat.L1"))
+    assert read.delta == cc.DeltaLoss(2.0, "base.L1", "chat.L1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {},
+            r"delta_weight=2.0 is of .* two sources, and \('base.L1', .* name two with --delta-sources",
+        ),
+        ({"delta_sources": ("base.L1", "mid")}, r"delta_sources=\('base.L1', 'mid'\) must be two of \('base"),
+        ({"delta_sources": ("base.L1", "base.L1")}, r"delta_sources=.* must be two of"),
+        (
+            {"sources": ("base.L1", "chat.L1"), "reads": "delta"},
+            r"delta_weight=2.0 with reads='delta' of \('base.L1', 'difference'\).* leave it out, or take",
+        ),
+        (
+            {"sources": ("base.L1", "chat.L1"), "reads": "difference"},
+            r"delta_weight=2.0 with reads='difference' of \('difference',\)",
+        ),
+        ({"sources": ("base.L1",)}, r"delta_weight=2.0 with reads='all' of \('base.L1',\)"),
+        (
+            {"delta_weight": 0.0, "delta_sources": ("base.L1", "chat.L1")},
+            "delta_sources=.* are of the loss on their difference: give --delta-weight",
+        ),
+    ],
+)
+def test_a_loss_on_no_difference_of_two_models_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_of_layers(**({"delta_weight": 2.0} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delta_weight": -1.0}, "delta_weight=-1.0 weighs a loss: it must be finite and not negative"),
+        ({"aux_k_weight": -1.0}, "aux_k_weight=-1.0 weighs a loss"),
+        ({"l1": -1.0}, "l1=-1.0 weighs a loss"),
+        ({"k": -1.0, "sparsity": "jump-relu"}, "k=-1.0 must be positive and finite"),
+        ({"dedicated": 0.25, "dedicated_k": 0.5, "sparsity": "top-k"}, "dedicated_k=0.5 must be whole with"),
+        (
+            {"dedicated": 0.25, "dedicated_k": 1.0, "sparsity": "jump-relu"},
+            "dedicated_k=1.0 with sparsity='jump-relu': only what ranks latents keeps to a k: leave it out",
+        ),
+        ({"dedicated": 0.25, "dedicated_k": 1.0, "l1": 0.1}, "dedicated_k=1.0 with l1=0.1: only what ranks"),
+        ({"dedicated": 0.25, "dedicated_k": 0.0}, "dedicated_k=0.0 must be positive and finite"),
+        # An eighth of 64 latents is 8 of each source.
+        (
+            {"dedicated": 0.125, "dedicated_k": 9.0},
+            "dedicated_k=9.0 is more than the 8 latents of dedicated=0.125 of num_latents=64: take fewer, or",
+        ),
+        (
+            {"dedicated": 0.6},
+            r"dedicated=0.6 for each of \('base', 'chat'\) and tied=0.0 are shares of 1.2 .* take 0.5",
+        ),
+        (
+            {"dedicated": 0.25, "tied": 0.75},
+            r"and tied=0.75 are shares of 1.25 together, .* take 0.125 or less",
+        ),
+        ({"dedicated": -0.1}, "dedicated=-0.1 is a share of the latents: it must lie between 0 and 1"),
+        ({"tied": 1.5}, "tied=1.5 is a share of the latents"),
+        ({"tied": 0.001}, "tied=0.001 of num_latents=64 is no latent: take 0.016 or more"),
+        ({"tied": 0.5, "tied_cost": 0.0}, "tied_cost=0.0 must be positive and finite"),
+        ({"tied": 0.5, "reads": "delta"}, "tied=0.5 with reads='delta': one decoder for base and for the"),
+        ({"reads": "delta", "is_parted": True, "dedicated": 1.0}, "dedicated=1.0 with --is-parted leaves no"),
+        ({"reads": "difference", "dedicated": 0.1}, "dedicated=0.1 tells sources apart, and 'difference' is"),
+        (
+            {"reads": "difference", "tied": 0.1},
+            "tied=0.1 tells sources apart, and 'difference' is read alone",
+        ),
+        ({"sources": ("base",), "tied": 0.1}, "tied=0.1 tells sources apart, and 'base' is read alone"),
+        ({"nested": (0.5,)}, r"nested=\(0.5,\): shares=\(0.5,\) must be positive and ascend to 1, such as"),
+        ({"nested": (0.001, 1.0)}, r"nested=\(0.001, 1.0\): .* of num_latents=64 are prefixes of \(0, 64\)"),
+        (
+            {"nested": (0.5, 1.0), "dedicated": 0.25},
+            r"nested=\(0.5, 1.0\) with dedicated=0.25, tied=0.0: lat",
+        ),
+        (
+            {"nested": (0.5, 1.0), "tied": 0.25},
+            r"nested=.* tied=0.25: .* come first, .* leave one or the other",
+        ),
+        (
+            {"nested": (0.5, 1.0), "reads": "delta", "dedicated": 0.25, "is_parted": True},
+            r"nested=.* with dedicated=0.25",
+        ),
+    ],
+)
+def test_options_that_make_no_recipe_are_refused_by_their_names(options, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**options)
+
+
+def test_shares_may_take_all_latents_and_budgets_all_of_a_share():
+    made = recipe(dedicated=0.5, dedicated_k=32.0).crosscoder
+    assert (made.layout.sizes, [group.k for group in made.groups]) == ((32, 32), [32.0, 32.0])
 
 
 def test_in_the_delta_basis_latents_are_dedicated_to_the_change():

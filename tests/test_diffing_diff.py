@@ -288,6 +288,35 @@ def test_a_basis_of_the_stored_sources_is_compared_in_their_space(case):
             np.testing.assert_allclose(found.columns[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("names", [("base", "mid", "chat"), ("chat", "mid", "base")])
+def test_a_basis_is_compared_as_in_a_store_of_two_whatever_else_is_stored(names, case, tmp_path):
+    acts, _, w_dec, _, documents, labels = planted()
+    mid = np.random.default_rng(5).standard_normal(acts[:, 0].shape).astype(np.float32)
+    values = {"base": acts[:, 0], "mid": mid, "chat": acts[:, 1]}
+    stacked = np.stack([values[name] for name in names], axis=1)
+    store = write_store(tmp_path / "store", stacked, documents, labels, names=names)
+    view = TokenView.of_split(store, Split(fraction=0.5, seed=3), held_out=True)
+    base, chat = pair(WIDTH)
+    plain = case["crosscoder"]
+    w_enc = np.asarray(plain.w_enc[...]).reshape(2, WIDTH, NUM_LATENTS)
+    crosscoder = make_crosscoder(
+        Sources((base, difference(chat, base))),
+        np.concatenate([w_enc[0] + w_enc[1], w_enc[1]]),
+        plain.b_enc[...],
+        np.concatenate([w_dec[:, 0], w_dec[:, 1] - w_dec[:, 0]], axis=1),
+        np.zeros(2 * WIDTH),
+        threshold=0.1,
+    )
+    found, expected = (diff_run(crosscoder, one, case["config"]) for one in (view, case["view"]))
+    assert found.summary["sources"] == ["base", "chat"]
+    # As planted: two shared, three of chat and two of base, one of each genuine; the last never fires.
+    assert found.columns["latent_class"].tolist() == case["result"].columns["latent_class"].tolist()
+    assert found.columns["verdict"].tolist() == case["result"].columns["verdict"].tolist()
+    assert list(found.columns) == list(expected.columns)
+    for name, value in expected.columns.items():
+        np.testing.assert_array_equal(found.columns[name], value, err_msg=name)
+
+
 def test_a_difference_alone_has_no_two_model_columns(case):
     base, chat = pair(WIDTH)
     sources = Sources((difference(chat, base),))

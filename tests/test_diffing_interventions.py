@@ -48,17 +48,44 @@ def test_the_patched_stream_is_the_sum_over_the_set(name):
     np.testing.assert_allclose(found["all"], acts[:, :6] + bias + code @ w_dec, atol=1e-5)
 
 
-def test_what_says_nothing_of_the_change_is_refused():
-    third = cc.Source("third", 6)
-    reversed_difference = cc.Sources((cc.difference(BASE, CHAT),))
-    with pytest.raises(ValueError, match=r"says nothing of chat - base: take one that reads both"):
-        decoder_change(random_crosscoder(sources=reversed_difference, num_latents=8), STORED)
-    with pytest.raises(ValueError, match=r"says nothing of chat - base"):
-        decoder_change(random_crosscoder(sources=cc.Sources((BASE,)), num_latents=8), STORED)
-    with pytest.raises(ValueError, match=r"have no difference: two of one width have"):
-        decoder_change(random_crosscoder(num_latents=8), cc.Sources((BASE, CHAT, third)))
-    with pytest.raises(ValueError, match=r"have no difference"):
-        decoder_change(random_crosscoder(num_latents=8), cc.Sources((BASE, cc.Source("chat", 4))))
+@pytest.mark.parametrize("name", SOURCES)
+def test_whatever_else_is_stored_plays_no_part(name):
+    crosscoder = random_crosscoder(sources=SOURCES[name], num_latents=8)
+    acts = np.random.default_rng(0).normal(size=(20, 18)).astype(np.float32)
+    _, base, chat = np.split(acts, 3, axis=1)
+    more = cc.Sources((cc.Source("mid", 6), BASE, CHAT))
+    expected = patched_acts(crosscoder, jnp.asarray(np.concatenate([base, chat], axis=1)), {}, STORED)
+    found = patched_acts(crosscoder, jnp.asarray(acts), {}, more)
+    np.testing.assert_array_equal(found["none"], base)
+    for kind, value in expected.items():
+        np.testing.assert_array_equal(found[kind], value)
+
+
+def test_the_change_goes_the_way_that_the_crosscoder_says():
+    """A crosscoder that puts chat before base tells what base adds to chat."""
+    crosscoder = random_crosscoder(sources=cc.Sources((CHAT, BASE)), num_latents=8)
+    of_chat, of_base = np.split(np.asarray(crosscoder.raw_decoder()[0]), 2, axis=1)
+    np.testing.assert_array_equal(decoder_change(crosscoder, STORED)[0], of_base - of_chat)
+    acts = np.random.default_rng(0).normal(size=(20, 12)).astype(np.float32)
+    np.testing.assert_array_equal(
+        patched_acts(crosscoder, jnp.asarray(acts), {}, STORED)["none"], acts[:, 6:]
+    )
+
+
+def test_what_says_nothing_of_a_change_is_refused():
+    mid = cc.Source("mid", 6)
+    mean = cc.Source("mean", 6, (("base", 0.5), ("chat", 0.5)))
+
+    def refused(message, *sources, stored=(BASE, mid, CHAT)):
+        crosscoder = random_crosscoder(sources=cc.Sources(sources), num_latents=8)
+        with pytest.raises(ValueError, match=message):
+            decoder_change(crosscoder, cc.Sources(stored))
+
+    refused(r"of \('mean',\) says nothing of chat - base: take one that reads both", mean)
+    refused(r"of the sources \{'base': 6\} tells of no change: take one of two of one width", BASE)
+    refused(r"of the sources \{'base': 6, 'mid': 6, 'chat': 6\} tells of no change", BASE, mid, CHAT)
+    narrow = cc.Source("chat", 4)
+    refused(r"of the sources \{'base': 6, 'chat': 4\} tells of", BASE, narrow, stored=(BASE, narrow))
 
 
 def test_names_that_are_always_there_are_refused():

@@ -52,9 +52,7 @@ def summarised(tmp_path, sources, **changes):
     acts, *_, documents, labels = planted(num_tokens=30)
     store = write_store(tmp_path / "store", acts, documents, labels)
     sums = DiffSums(init_activity(8, 2), init_documents(8), None)
-    space = Comparison(
-        sources, jnp.zeros((8, sources.width)), jnp.zeros(sources.width), is_stored_space=False
-    )
+    space = Comparison(sources, jnp.zeros((8, sources.width)), jnp.zeros(sources.width))
     return diff_summary(
         two_model_columns(), finalize_activity(sums.activity), sums, store, space, DiffConfig(**changes)
     )

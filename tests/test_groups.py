@@ -85,15 +85,55 @@ def test_constraining_is_the_orthogonal_projection():
         {"sparsity": cc.ReLU(), "l1": cc.L1OfNorms(0.05), "aux_k": None},
         {"sparsity": cc.JumpReLU(), "l0": cc.L0Penalty(0.1, target=3), "aux_k": None},
         {"matryoshka": cc.Matryoshka((0.25, 1.0))},
+        # Its factors of the columns are not the same in both sources.
+        {"optimizer": cc.Adam(second_moment="factored")},
+        {"optimizer": cc.Adam(first_moment="bfloat16")},
+        {"optimizer": cc.Muon(first_moment="bfloat16")},
     ],
-    ids=["BatchTopK", "AuxK", "L1", "JumpReLU", "Matryoshka"],
+    ids=["BatchTopK", "AuxK", "L1", "JumpReLU", "Matryoshka", "factored", "bfloat16 moment", "Muon"],
 )
 def test_groups_hold_exactly_under_the_optimiser(changes):
     assert_groups_hold(trained(30, **changes).crosscoder())
 
 
-def test_groups_hold_after_a_thousand_steps():
-    assert_groups_hold(trained(1000).crosscoder())
+@pytest.mark.parametrize(
+    "optimizer", [cc.Adam(second_moment="factored"), cc.Muon()], ids=["factored", "Muon"]
+)
+def test_groups_hold_where_moments_are_spread(optimizer):
+    config, mesh = make(optimizer=optimizer), make_mesh(2, 4)
+    with jax.set_mesh(mesh):
+        state = cc.init_state(config, shardings=Shardings.for_mesh(mesh, is_optimizer_spread=True))
+        for batch in activations(BATCH * 10, (6, 6)).reshape(10, BATCH, -1):
+            state, _ = cc.train_step(state, put_batch(batch, mesh), config=config)
+    assert_groups_hold(state.crosscoder())
+
+
+@pytest.mark.parametrize(
+    "optimizer", [cc.Adam(), cc.Adam(second_moment="factored")], ids=["Adam", "factored"]
+)
+def test_after_a_thousand_steps_and_a_stop_groups_hold_in_memory_and_in_files(optimizer, tmp_path):
+    store = write_store(tmp_path / "store", widths=(6, 6), num_tokens=1500)
+    config = make(optimizer=optimizer, num_steps=1000)
+    run = functools.partial(fit, config, store, tmp_path / "run", options=RunOptions(checkpoint_every=500))
+
+    class Stop(Exception):
+        pass
+
+    def stop(done, total, unit):
+        if done == 510:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(progress=stop)
+    crosscoder = run()
+    exported = cc.load(cc.save(crosscoder, tmp_path / "exported"))
+    for each in (crosscoder, cc.load(tmp_path / "run" / "crosscoder"), exported):
+        assert_groups_hold(each)
+    folder = cc.save(cc.fold_normalization(crosscoder), tmp_path / "other", format="dictionary_learning")
+    for own, other in ((BASE, slice(6, 12)), (CHAT, slice(0, 6))):
+        loaded = cc.load(folder)
+        assert not np.asarray(loaded.w_dec[...])[own, other].any()
+        assert not np.asarray(loaded.w_enc[...])[other, own].any()
 
 
 def test_groups_hold_where_dead_latents_begin_again():

@@ -6,7 +6,7 @@ pytest.importorskip("torch", reason="language models run in torch: install the e
 pytest.importorskip("datasets", reason="texts are read with datasets: install the extra 'lm'")
 
 import numpy as np
-from test_language_models_recovered import LAYER, SPLIT, identity, make_store
+from test_language_models_recovered import LAYER, SPLIT, identity, make_store, mean_predictor
 
 import crosscoder_jax as cc
 from crosscoder_jax.language_models import SpliceConfig, evaluate_patched, evaluate_spliced
@@ -43,6 +43,21 @@ def test_an_exact_crosscoder_closes_the_gap_and_no_latents_none_of_it(sources_of
         assert found[f"se_kl_closed/{name}"] == pytest.approx(0, abs=1e-5)
     # The identity has no bias, so it alone leaves the gap.
     assert found["kl_closed/bias"] == pytest.approx(0, abs=1e-6)
+
+
+def test_layers_that_are_stored_besides_play_no_part(tmp_path):
+    store = make_store(tmp_path, layers=(0, LAYER))
+    base, chat = (cc.Source(f"{model}.L{LAYER}", store.sources.widths[0]) for model in ("base", "chat"))
+    sources = cc.Sources((base, cc.difference(chat, base)))
+    found = evaluate_patched(identity(sources), store, SPLIT, {})
+    assert found["kl/none"] > 0.1, "the models must differ"
+    assert found["kl_closed/all"] == pytest.approx(1, abs=1e-5)
+    # What says the mean of base and of the change says the mean of chat, not base plus the mean change.
+    spliced = evaluate_spliced(mean_predictor(store, sources), store, SPLIT)
+    assert {name.split("/")[1] for name in spliced if name.startswith("ce/")} == {base.name, chat.name}
+    for name in (base.name, chat.name):
+        expected = spliced[f"kl/{name}/mean_ablated"]
+        assert spliced[f"kl/{name}/spliced"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_chat_runs_on_from_the_patched_stream_and_only_wanted_predictions_count(store, monkeypatch):

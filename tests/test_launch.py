@@ -1,5 +1,6 @@
 """The launch files: their syntax by their own tools, their options by ours, and what they do by stand-ins."""
 
+import copy
 import math
 import os
 import re
@@ -21,6 +22,8 @@ JOBSET = yaml.safe_load((LAUNCH / "gke.yaml").read_text())
 SKY = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
 SLICE = JOBSET["spec"]["replicatedJobs"][0]["template"]
 POD = SLICE["spec"]["template"]["spec"]
+CHIPS_OF_HOST = 4
+"""Of v5p."""
 OPTIONS = ["--store", "s", "--output", "o", "--data-shards", "2"]
 
 
@@ -56,6 +59,63 @@ def test_kubernetes_takes_the_job_that_a_jobset_holds():
     validate.validate(job, "1.30", strict=True)
 
 
+FIELDS = {
+    "": {"apiVersion": str, "kind": str, "metadata": dict, "spec": dict},
+    "metadata": {"name": str, "namespace": str, "labels": dict, "annotations": dict},
+    "spec": {
+        **{"replicatedJobs": list, "network": dict, "successPolicy": dict, "failurePolicy": dict},
+        **{"startupPolicy": dict, "suspend": bool, "coordinator": dict, "managedBy": str},
+        **{"ttlSecondsAfterFinished": int, "volumeClaimPolicies": list},
+    },
+    "spec.failurePolicy": {"maxRestarts": int, "restartStrategy": str, "rules": list},
+    "spec.replicatedJobs[]": {
+        **{"name": str, "groupName": str, "template": dict, "replicas": int, "dependsOn": list}
+    },
+    "spec.replicatedJobs[].template": {"metadata": dict, "spec": dict},
+}
+"""What jobset.x-k8s.io/v1alpha2 has, from its jobset_types.go; the spec of the template is a Job's."""
+
+
+def unknown_fields(value, path=""):
+    """What is not in the table, or of another type, anywhere in a JobSet down to its Job."""
+    if path not in FIELDS:
+        return []
+    if isinstance(value, list):
+        return [found for one in value for found in unknown_fields(one, path)]
+    found = []
+    for name, inner in value.items():
+        place = f"{path}.{name}".lstrip(".")
+        if type(inner) is not FIELDS[path].get(name):
+            found.append(place)
+        found += unknown_fields(inner, f"{place}[]" if isinstance(inner, list) else place)
+    return found
+
+
+def test_the_jobset_has_the_fields_of_its_own_api():
+    assert (JOBSET["apiVersion"], JOBSET["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert unknown_fields(JOBSET) == []
+    # The names of its jobs and pods, such as crosscoder-slice-0-15, are labels of the DNS.
+    names = [JOBSET["metadata"]["name"], *(job["name"] for job in JOBSET["spec"]["replicatedJobs"])]
+    assert all(re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) for name in names)
+    assert len("-".join(names)) + len("-0-15") <= 63
+    assert JOBSET["spec"]["failurePolicy"]["maxRestarts"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda spec: spec.update(maxRestarts=3), "spec.maxRestarts"),
+        (lambda spec: spec["failurePolicy"].update(maxRestarts="3"), "spec.failurePolicy.maxRestarts"),
+        (lambda spec: spec["replicatedJobs"][0].update(count=1), "spec.replicatedJobs[].count"),
+        (lambda spec: spec.update(replicatedJobs={}), "spec.replicatedJobs"),
+    ],
+)
+def test_fields_that_a_jobset_has_not_are_seen(change, named):
+    changed = copy.deepcopy(JOBSET)
+    change(changed["spec"])
+    assert unknown_fields(changed) == [named]
+
+
 def test_skypilot_takes_its_file():
     sky = pytest.importorskip("sky")
     task = sky.Task.from_yaml(str(LAUNCH / "skypilot.yaml"))
@@ -72,13 +132,17 @@ def test_the_jobset_gives_each_host_its_chips_and_the_mesh_all_of_them():
     chips = math.prod(int(n) for n in POD["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     (container,) = POD["containers"]
     assert spec["parallelism"] == spec["completions"]
-    assert spec["parallelism"] * int(container["resources"]["limits"]["google.com/tpu"]) == chips
+    assert int(container["resources"]["limits"]["google.com/tpu"]) == CHIPS_OF_HOST
+    assert spec["parallelism"] * CHIPS_OF_HOST == chips
     assert spec["backoffLimit"] == 0
     options = train_options(container["command"])
     assert options.distributed
     assert options.data_shards * options.latent_shards == chips
     assert options.batch_size % options.lanes == options.batch_size % options.data_shards == 0
-    assert options.lanes % spec["parallelism"] == 0, "each host reads its share"
+    # Devices are numbered along the latents first: a host whose chips are whole rows of the mesh shares none
+    # of its tokens with another host, and with a lane for each none of its files.
+    assert CHIPS_OF_HOST % options.latent_shards == 0
+    assert options.lanes % min(spec["parallelism"], options.data_shards) == 0
 
 
 def test_the_file_of_skypilot_spreads_over_all_gpus():
@@ -126,9 +190,12 @@ def run(name, stand_in, options=OPTIONS, **environment):
     [
         (0, "0", False),
         (75, "0", True),  # saved after SIGTERM
+        (76, "0", True),  # stuck
         (134, "3", True),  # another host died
         (1, "0", False),  # a mistake of the user would be made again
+        (2, "0", False),
         (75, "100", False),
+        (76, "100", False),
     ],
 )
 def test_slurm_hands_back_what_can_go_on(stand_in, code, restarts, is_requeued):

@@ -1,9 +1,12 @@
 """The published runs: their numbers, what they need, and the whole way on tiny models."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+import tyro
+from processes import Together, free_port
 
 import crosscoder_jax as cc
 from experiments.minder2025.pairs import HARDWARE, PAIRS, harvest_command, train_command
@@ -74,7 +77,7 @@ def test_the_smoke_changes_sizes_and_nothing_else(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["gemma-2-2b", "llama-3.2-1b"])
+@pytest.mark.parametrize("name", PAIRS)
 def test_the_whole_way_on_tiny_models_of_the_same_architecture(name, tmp_path):
     pytest.importorskip("torch", reason="models are run in torch: install the extra 'lm'")
     from experiments.minder2025.__main__ import Minder2025, run
@@ -83,3 +86,37 @@ def test_the_whole_way_on_tiny_models_of_the_same_architecture(name, tmp_path):
     page = report.read_text()
     assert f"blocks.{PAIRS[name].layer}.resid_post" in page
     assert PAIRS[name].family in (tmp_path / "smoke/models" / name / "base" / "config.json").read_text()
+
+
+def test_two_hosts_of_four_chips_train_and_measure_what_was_harvested(tmp_path):
+    """As on a v5p-16, whose eight chips are CPU devices here."""
+    pytest.importorskip("torch", reason="models are run in torch: install the extra 'lm'")
+    from experiments.minder2025.__main__ import Minder2025, run
+
+    run(Minder2025(pair="llama-3.2-1b", on="v5p-16", smoke=True, output=tmp_path, until="harvest"))
+    words = ["--pair", "llama-3.2-1b", "--on", "v5p-16", "--smoke", "--output", tmp_path]
+    words += ["--num-processes", 2, "--coordinator", f"127.0.0.1:{free_port()}", "--process-id"]
+    commands = [["-m", "experiments.minder2025", *words, index] for index in range(2)]
+    with Together(commands, tmp_path / "logs", devices=4) as both:
+        assert both.wait(300) == [0, 0], both.output()
+        assert both.output().count("report.html") == 1, "the first is heard"
+    assert "blocks.8.resid_post" in (tmp_path / "smoke/llama-3.2-1b/report.html").read_text()
+
+
+def test_two_hosts_without_a_harvest_are_refused(tmp_path):
+    from experiments.minder2025.__main__ import Minder2025, run
+
+    with pytest.raises(ValueError, match="there is no such folder"):
+        run(Minder2025(on="v5p-16", output=tmp_path, distributed=True))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_readme_has_a_command_for_every_pair_and_chip(name):
+    from experiments.minder2025.__main__ import Minder2025
+
+    readme = (Path(__file__).parent.parent / "experiments/minder2025/README.md").read_text()
+    told = re.findall(r"`python -m experiments\.minder2025 ([^`]+)`", readme)
+    found = [tyro.cli(Minder2025, args=line.split()) for line in told]
+    # A v5p-16 has two hosts of four chips, a v6e-8 one of eight.
+    wanted = {("h200", False), ("v6e-8", False), ("v5p-16", True)}
+    assert {(one.on, one.distributed) for one in found if one.pair == name} == wanted

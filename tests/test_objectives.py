@@ -251,6 +251,16 @@ def test_aux_k_uses_half_the_width_of_the_widest_source_by_default():
     np.testing.assert_allclose(found, aux_k_oracle(crosscoder, x, residual, is_dead, 3), rtol=1e-5)
 
 
+def test_a_cheap_group_does_not_keep_other_dead_latents_from_being_revived():
+    cheap = cc.LatentGroup("cheap", 0.5, cost=0.2)
+    crosscoder = random_crosscoder(sources=two_sources(1, 1), num_latents=2, groups=(cheap,))
+    crosscoder.w_dec[...] = jnp.array([[1.0, 1.0], [2.0, 0.0]])
+    # The cheap latent's activation of 2 times its norms of 1 + 1 is 4, its score 4 / 0.2 = 20; the free one's
+    # are both 3 * 2 = 6, and it writes all that is left: (6, 0). The cheap one would write (2, 2).
+    pre, residual = jnp.array([[2.0, 3.0], [0.0, 0.0]]), jnp.array([[6.0, 0.0], [0.0, 0.0]])
+    assert AuxK(k_aux=1)(crosscoder, pre, residual, jnp.array([True, True])) == 0.0
+
+
 def test_aux_k_never_uses_less_than_one_latent():
     crosscoder = random_crosscoder(sources=two_sources(1, 1))
     x, is_dead = aux_inputs(crosscoder, 12)
@@ -371,15 +381,25 @@ def test_the_delta_loss_is_that_of_the_difference_of_raw_residuals(loss):
         MeanSquaredError: (norms**2).mean() / 3,
         ErrorNorm: norms.mean(),
     }[type(loss)]
-    found = cc.DeltaLoss(0.5)(crosscoder, jnp.asarray(residual, jnp.float32), loss)
+    found = cc.DeltaLoss(0.5, "base", "chat")(crosscoder, jnp.asarray(residual, jnp.float32), loss)
     np.testing.assert_allclose(found, 0.5 * expected, rtol=1e-5)
+
+
+def test_the_delta_loss_is_of_the_sources_it_names_wherever_they_stand():
+    sources = cc.Sources(tuple(cc.Source(name, 2) for name in ("chat", "other", "base")))
+    crosscoder = random_crosscoder(sources=sources)
+    crosscoder.scale[...] = jnp.array([1.0, 7.0, 4.0])
+    # chat (1, 0) and base (0, 4): with sqrt(4 / 1) = 2 their difference is (1, 0) * 2 - (0, 4) / 2 = (2, -2).
+    residual = jnp.array([[1.0, 0.0, 50.0, 60.0, 0.0, 4.0]])
+    assert cc.DeltaLoss(0.5, "base", "chat")(crosscoder, residual, SquaredError()) == 0.5 * 8
 
 
 def test_errors_that_both_models_share_cost_no_delta_loss():
     crosscoder = random_crosscoder()
     crosscoder.scale[...] = jnp.ones(2)
     shared = random_acts(crosscoder)[:, :3]
-    assert cc.DeltaLoss(1.0)(crosscoder, jnp.concatenate([shared, shared], axis=1), SquaredError()) == 0
+    delta = cc.DeltaLoss(1.0, "base", "chat")
+    assert delta(crosscoder, jnp.concatenate([shared, shared], axis=1), SquaredError()) == 0
 
 
 def prefix_loss(crosscoder, x, matryoshka):
@@ -449,16 +469,22 @@ def test_aux_k_on_a_mesh_equals_one_device(shape):
             lambda: cc.Matryoshka((0.5, 0.5, 1.0)),
             r"shares=\(0.5, 0.5, 1.0\) must be positive and ascend to 1",
         ),
-        (lambda: cc.DeltaLoss(0.0), "weight=0.0 of the delta loss must be positive"),
+        (lambda: cc.DeltaLoss(0.0, "base", "chat"), "weight=0.0 of the delta loss must be positive"),
         (
-            lambda: cc.DeltaLoss(1.0, after=2).check(two_sources()),
-            "after=2 of the delta loss is no index into",
+            lambda: cc.DeltaLoss(1.0, "base", "mid").check(two_sources()),
+            r"after='mid' of the delta loss is not read: name one of \('base', 'chat'\)",
+        ),
+        (lambda: cc.DeltaLoss(1.0, "base", "base"), "before='base' and after='base' of the delta loss must"),
+        (
+            lambda: cc.DeltaLoss(1.0, "base", "difference").check(
+                cc.Sources((cc.Source("base", 3), cc.difference(cc.Source("chat", 3), cc.Source("base", 3))))
+            ),
+            "after='difference' of the delta loss is a combination of stored sources, whose difference",
         ),
         (
-            lambda: cc.DeltaLoss(1.0, after=0).check(two_sources()),
-            "needs two sources of one width, not 'base'",
+            lambda: cc.DeltaLoss(1.0, "base", "chat").check(two_sources(3, 4)),
+            "of width 3 and 'chat' of width 4",
         ),
-        (lambda: cc.DeltaLoss(1.0).check(two_sources(3, 4)), "of width 3 and 'chat' of width 4"),
         (lambda: cc.Matryoshka((0.5,)), "must be positive and ascend to 1"),
         (lambda: cc.Matryoshka((0.01, 1.0)).sizes(16), r"num_latents=16 are prefixes of \(0, 16\) latents"),
         (lambda: AuxK(weight=-1.0), "weight=-1.0 must not be negative"),

@@ -1,11 +1,14 @@
 """The real step compiled for TPUs, which need not be here; libtpu must."""
 
 import dataclasses
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 
-from crosscoder_jax.planning import PlanConfig, Topology, make_plan
+from crosscoder_jax.planning import PlanConfig, Topology, compiling, make_plan
 from crosscoder_jax.planning.compiling import compiled_steps
 
 pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'crosscoder-jax[tpu]'")
@@ -62,6 +65,57 @@ def test_what_does_not_fit_is_told_by_the_compiler():
     assert not made.meshes[0].is_fitting
     assert re.fullmatch(r"temporaries of [\d.]+G, 15\.\d+G there", made.meshes[0].reason)
     assert made.cheapest is None
+
+
+_MESHES = """
+import json, sys
+from crosscoder_jax.planning import worker
+from crosscoder_jax.sharding import mesh_of
+
+topology, *meshes = sys.argv[1:]
+devices = worker._devices("tpu", topology)
+for mesh in meshes:
+    data, latent = (int(shards) for shards in mesh.split("x"))
+    print(json.dumps([device.id for device in mesh_of(devices, data, latent).devices.flat]))
+"""
+
+
+@pytest.mark.parametrize("name", ["v5p:4x4x4", "v6e:4x4", "v5e:4x4", "v4:2x2x4"])
+def test_every_mesh_that_a_plan_tries_can_be_made(name):
+    """Of 4x4x4 chips ``jax.make_mesh`` makes no 2x32, 8x8 or 32x2, of 4x4 of v6e no 2x8 or 8x2."""
+    topology = Topology.parse(name)
+    splits = dataclasses.replace(CONFIG, topology=topology, meshes=()).splits()
+    assert len(splits) == topology.num_chips.bit_length()  # every power of two
+    # In a process of its own, as whatever the compiler does to its process it would do to this one.
+    done = subprocess.run(
+        [sys.executable, "-c", _MESHES, name, *(f"{data}x{latent}" for data, latent in splits)],
+        env=compiling._environment(topology),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    made = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(made) == len(splits)
+    assert {tuple(sorted(ids)) for ids in made} == {tuple(sorted(made[0]))}
+    assert len(set(made[0])) == topology.num_chips
+
+
+def test_a_dimension_of_the_wiring_is_divided_and_collectives_go_over_its_axes():
+    """Compiled in the order of devices in which training has them."""
+    config = dataclasses.replace(CONFIG, topology=Topology.parse("v6e:4x4"), meshes=((2, 8),))
+    (mesh,) = make_plan(config).meshes
+    assert mesh.is_fitting
+    assert {one.axes for one in mesh.collectives} == {("data",), ("latent",), ("data", "latent")}
+    # Eight chips with latents are two whole hosts, so that each host has rows of one shard of the data.
+    assert (mesh.hosts, mesh.data_shards_per_host, mesh.lanes) == (4, 1, 2)
+    assert mesh.store_bytes_per_s == pytest.approx(mesh.tokens_per_s * WIDTH * 2 / 2)
+
+
+def test_chips_that_are_no_block_are_told_with_meshes_that_are():
+    config = dataclasses.replace(CONFIG, num_latents=4095, meshes=((1, 3),))
+    (mesh,) = make_plan(config).meshes
+    assert not mesh.is_fitting
+    assert mesh.reason.endswith("use 1x4, 2x2, 4x1")
 
 
 def test_a_shape_that_no_tpu_has_is_refused():

@@ -9,6 +9,8 @@ pytest.importorskip("plotly", reason="the report draws with plotly: install the 
 
 from report_cases import make_run
 
+from crosscoder_jax.configs import config_to_json
+from crosscoder_jax.objectives import DeltaLoss
 from crosscoder_jax.report import comparison, content, plots, tables, wording
 from crosscoder_jax.report.cards import (
     CardLimits,
@@ -574,6 +576,14 @@ def test_the_recipe_tells_sources_and_groups_in_words():
         "chat-dedicated: 15 %, writes chat only; tied: 10 %, one decoder for all, k 3 of its own, "
         "activity costs 0.2 times as much"
     )
+
+
+def test_the_recipe_names_the_sources_of_the_loss_on_their_difference():
+    config = reads("base", "chat")
+    config["train"]["delta"] = config_to_json(DeltaLoss(10.0, "base", "chat"))
+    method = content.build_method(files_of({"latent_class": ["shared"]}, config=config), 0)
+    rows = {row.heading: row.values[0].text for row in recipe_rows([method])}
+    assert rows["Loss on the difference"] == "chat \N{MINUS SIGN} base, weight 10"
 
 
 def test_a_crosscoder_in_another_basis_is_named_by_what_it_reads():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_chips import block
 from jax import P
 from jax.sharding import AxisType
 
@@ -14,6 +15,7 @@ from crosscoder_jax.sharding import (
     BatchShare,
     Shardings,
     check_divisible,
+    device_array,
     from_first,
     make_mesh,
     place,
@@ -37,6 +39,46 @@ def test_a_mesh_may_leave_devices_idle():
 def test_a_mesh_that_the_devices_do_not_fill_is_refused(data, latent):
     with pytest.raises(ValueError, match=rf"data={data} x latent={latent} needs .* there are 8"):
         make_mesh(data, latent)
+
+
+def test_devices_that_are_no_tpu_keep_their_order():
+    assert make_mesh(2, 4).devices.ravel().tolist() == jax.devices()
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 4), (2, 4, 4), (4, 4, 1), (2, 2, 1)])
+def test_every_split_of_a_block_of_chips_makes_a_mesh(shape):
+    """``jax.make_mesh`` divides no dimension of the wiring: of 4x4x4 chips it makes no 2x32, 8x8 and 32x2."""
+    chips = block(*shape)
+    for data in (2**i for i in range(7) if 2**i <= len(chips)):
+        placed = device_array(chips, data, len(chips) // data)
+        assert placed.shape == (data, len(chips) // data)
+        assert set(placed.flat) == set(chips)
+
+
+def test_shards_of_the_latents_are_neighbours():
+    # Of 4x4 chips as 2x8 each row is two whole dimensions of four: half of the block.
+    for row in device_array(block(4, 4, 1), 2, 8):
+        spans = [len({chip.coords[axis] for chip in row}) for axis in range(2)]
+        assert sorted(spans) == [2, 4]
+
+
+def test_chips_that_are_no_block_are_refused_with_the_meshes_that_all_make():
+    with pytest.raises(ValueError, match=r"data=1 x latent=3: the first 3 of 4 .*: use 1x4, 2x2, 4x1$"):
+        device_array(block(2, 2, 1), 1, 3)
+
+
+def test_chips_of_two_slices_are_refused():
+    with pytest.raises(ValueError, match=r"data=2 x latent=4: .*: start on the chips of one slice$"):
+        device_array([*block(2, 2, 1), *block(2, 2, 1, slice_index=1)], 2, 4)
+
+
+def test_gpus_of_several_hosts_make_a_mesh_by_their_numbers():
+    """JAX calls each host of them a slice."""
+    gpus = [
+        dataclasses.replace(chip, platform="gpu", device_kind="H100", slice_index=chip.id // 2)
+        for chip in block(2, 2, 1)
+    ]
+    assert [gpu.id for gpu in device_array(gpus[::-1], 2, 2).flat] == [0, 1, 2, 3]
 
 
 def test_without_a_mesh_nothing_is_constrained():

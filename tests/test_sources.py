@@ -187,10 +187,77 @@ def test_activations_as_they_are_stored_are_carried_back_to_themselves():
             np.testing.assert_array_equal(value, stored.split(STORED_ACTS)[place])
 
 
-def test_two_sources_that_say_something_of_one_stored_source_are_refused():
-    twice = Sources((CHAT, Source("double", 2, (("chat", 2.0),))))
-    with pytest.raises(ValueError, match=r"say two things of the same stored source \(chat, chat\)"):
-        stored_by_hand(twice, [1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize(
+    ("own", "names"),
+    [
+        ((CHAT, Source("double", 2, (("chat", 2.0),))), r"\('chat',\)"),
+        # Two multiples of one difference: neither base nor chat.
+        (
+            (difference(CHAT, BASE), Source("twice", 2, (("chat", 2.0), ("base", -2.0)))),
+            r"\('base', 'chat'\)",
+        ),
+    ],
+    ids=["chat twice", "difference twice"],
+)
+def test_sources_that_do_not_determine_what_they_are_made_of_are_refused(own, names):
+    with pytest.raises(ValueError, match=f"do not determine the stored sources {names}: train on a basis"):
+        stored_by_hand(Sources(own), [1.0, 2.0, 3.0, 4.0])
+
+
+MID = Source("mid", 2)
+OWN_ACTS = [5.0, 6.0, 7.0, 8.0]
+
+
+@pytest.mark.parametrize("order", [("base", "mid", "chat"), ("chat", "mid", "base")])
+@pytest.mark.parametrize(
+    ("own", "own_acts", "expected"),
+    [
+        # after = before + difference, with the reconstructed before, whatever lies between them.
+        ((BASE, difference(CHAT, BASE)), OWN_ACTS, {"base": [5.0, 6.0], "chat": [12.0, 14.0]}),
+        ((BASE, CHAT), OWN_ACTS, {"base": [5.0, 6.0], "chat": [7.0, 8.0]}),
+        # base = (1, 2) stays as it is stored; each change adds to what the one before has made.
+        ((difference(CHAT, BASE),), OWN_ACTS[:2], {"chat": [6.0, 8.0]}),
+        (
+            (difference(MID, BASE, name="first"), difference(CHAT, MID, name="second")),
+            OWN_ACTS,
+            {"mid": [6.0, 8.0], "chat": [13.0, 16.0]},
+        ),
+        (
+            (difference(MID, BASE, name="first"), difference(CHAT, BASE, name="second")),
+            OWN_ACTS,
+            {"mid": [6.0, 8.0], "chat": [8.0, 10.0]},
+        ),
+        # chat = base + difference, and nothing reconstructs base.
+        ((MID, difference(CHAT, BASE)), OWN_ACTS, {"mid": [5.0, 6.0], "chat": [8.0, 10.0]}),
+    ],
+    ids=["basis", "stored", "difference", "chain", "two differences", "mixed"],
+)
+def test_activations_are_carried_back_in_a_store_that_holds_more(own, own_acts, expected, order):
+    values = {"base": [1.0, 2.0], "mid": [3.0, 5.0], "chat": [10.0, 20.0]}
+    stored = Sources(tuple(Source(name, 2) for name in order))
+    stored_acts = jnp.array([[number for name in order for number in values[name]]])
+    found = Sources(own).to_stored_acts(jnp.array([own_acts]), stored_acts, stored)
+    assert {name: value.tolist()[0] for name, value in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "names", "is_basis"),
+    [
+        ((CHAT, BASE), ("chat", "base"), True),
+        ((BASE, difference(CHAT, BASE)), ("base", "chat"), True),
+        ((difference(CHAT, BASE), BASE), ("base", "chat"), True),
+        # What is subtracted is what comes before: here the change goes from chat to base.
+        ((CHAT, difference(BASE, CHAT)), ("chat", "base"), True),
+        ((difference(CHAT, BASE),), ("base", "chat"), False),
+        ((BASE, difference(MID, BASE), difference(CHAT, MID, name="d2")), ("base", "mid", "chat"), True),
+        ((MID, difference(CHAT, BASE)), ("base", "mid", "chat"), False),
+    ],
+)
+@pytest.mark.parametrize("order", [(BASE, MID, CHAT), (CHAT, MID, BASE)], ids=["in order", "backwards"])
+def test_what_sources_are_made_of_does_not_depend_on_what_else_is_stored(own, names, is_basis, order):
+    made_of = Sources(own).made_of(Sources(order))
+    assert made_of.names == names
+    assert Sources(own).is_basis_of(made_of) == is_basis
 
 
 @pytest.mark.parametrize(

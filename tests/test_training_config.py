@@ -46,9 +46,10 @@ def test_weights_of_sources_must_fit_the_sources(weights):
 
 
 def test_a_delta_loss_needs_sources_to_take_a_difference_of():
+    delta = cc.DeltaLoss(1.0, "base", "chat")
     with pytest.raises(ValueError, match="needs two sources of one width, not 'base' of width 6 and 'chat'"):
-        recipe(delta=cc.DeltaLoss(1.0))
-    assert recipe(widths=(6, 6), delta=cc.DeltaLoss(1.0)).delta == cc.DeltaLoss(1.0)
+        recipe(delta=delta)
+    assert recipe(widths=(6, 6), delta=delta).delta == delta
 
 
 def test_a_dead_latent_needs_a_count_that_the_counter_can_reach():
@@ -85,6 +86,25 @@ def test_more_active_latents_than_there_are_are_no_target_of_thresholds():
         recipe(num_latents=16, sparsity=cc.JumpReLU(), l0=cc.L0Penalty(1.0, target=17.0))
 
 
+def test_a_budget_is_of_no_more_latents_than_are_ranked_for_it():
+    """Half of 16 latents have a budget of their own; the other 8 are ranked for the sparsity's k."""
+
+    def parted(own, k):
+        group = cc.LatentGroup("own", 0.5, k=own)
+        return recipe(num_latents=16, sparsity=cc.BatchTopK(k), groups=(group,))
+
+    assert parted(8.0, 8.0).crosscoder.sparsity == cc.BatchTopK(8.0)
+    with pytest.raises(ValueError, match=r"k=8.5 of group 'own' is more than its 8 latents: take fewer"):
+        parted(8.5, 8.0)
+    with pytest.raises(
+        ValueError, match=r"k=8.5 active .* are more than the 8 latents of num_latents=16 that"
+    ):
+        parted(8.0, 8.5)
+    # With budgets for all of them the sparsity's own k is of no latent.
+    everything = (cc.LatentGroup("a", 0.5, k=1.0), cc.LatentGroup("b", 0.5, k=1.0))
+    assert recipe(num_latents=16, sparsity=cc.BatchTopK(20.0), groups=everything).crosscoder.groups
+
+
 def test_a_recipe_is_frozen_and_hashable():
     config = recipe()
     assert hash(config) == hash(recipe())
@@ -109,6 +129,8 @@ def test_a_recipe_goes_through_json_unchanged():
         aux_k=None,
         clip_norm=None,
         data_seed=2,
+        widths=(6, 6),
+        delta=cc.DeltaLoss(2.0, "chat", "base"),
     )
     again = config_from_json(type(config), json.loads(json.dumps(config_to_json(config))))
     assert again == config

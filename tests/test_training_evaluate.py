@@ -13,7 +13,7 @@ import crosscoder_jax as cc
 from crosscoder_jax.activations import Split, TokenView
 from crosscoder_jax.metrics import explained_variance
 from crosscoder_jax.sharding import Shardings, make_mesh
-from crosscoder_jax.training.evaluate import calibrate, evaluate
+from crosscoder_jax.training.evaluate import _from_digits, _sum_of_digits, calibrate, evaluate
 from crosscoder_jax.training.state import init_state
 from crosscoder_jax.training.statistics import data_statistics
 from crosscoder_jax.training.step import eval_step, train_step
@@ -208,6 +208,27 @@ def test_a_crosscoder_is_calibrated_on_its_mesh_as_on_one_device(crosscoder, spr
     np.testing.assert_allclose(ours.threshold[...], theirs.threshold[...], rtol=1e-3)
 
 
+@pytest.mark.parametrize("summed", [1, 2, 3, 8, 1023, 1024, 70_000])
+def test_counts_of_rows_add_up_to_more_than_an_int32_holds(summed):
+    """Dictionaries of 10^7 latents reach 2^31 scores at 215 tokens, all of them above the first cut."""
+    rows = np.random.default_rng(summed).integers(2**31, size=summed).astype(np.int32)
+    rows[-1] = 2**31 - 1
+    for counts in (rows, np.full(summed, 2**31 - 1, np.int32), np.zeros(summed, np.int32)):
+        digits = np.asarray(jax.jit(_sum_of_digits)(counts))
+        assert digits.dtype == np.int32
+        assert _from_digits(digits[None], summed) == sum(counts.tolist())
+    if summed > 1:
+        assert sum(rows.tolist()) > 2**31
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_counts_of_rows_add_up_on_meshes(shape):
+    rows = np.full(64, 2**31 - 5, np.int32)
+    with jax.set_mesh(make_mesh(*shape)):
+        digits = jax.jit(_sum_of_digits)(jax.device_put(rows, jax.P("data")))
+    assert _from_digits(np.asarray(digits)[None], 64) == 64 * (2**31 - 5)
+
+
 def test_a_batch_that_does_not_spread_over_the_mesh_is_refused(spread, view):
     mesh, on_mesh = spread
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="batch_size=63 must be divisible by the 'data'"):
@@ -257,9 +278,16 @@ def test_a_k_that_cannot_be_reached_is_refused(crosscoder, view):
         calibrate(other, view)
 
 
-def test_relu_has_nothing_to_calibrate(crosscoder, view):
-    with pytest.raises(ValueError, match="has no k to calibrate for"):
-        calibrate(under(crosscoder, sparsity=cc.ReLU()), view)
+@pytest.mark.parametrize(
+    ("sparsity", "reason"),
+    [
+        (cc.ReLU(), "its penalty has trained what is active"),
+        (cc.TopK(3), "it keeps k of every token"),
+    ],
+)
+def test_what_has_no_threshold_has_nothing_to_calibrate_and_says_why(sparsity, reason, crosscoder, view):
+    with pytest.raises(ValueError, match=f"has no threshold to calibrate: {reason}; evaluate the crosscoder"):
+        calibrate(under(crosscoder, sparsity=sparsity), view)
 
 
 def test_relu_is_measured_with_every_positive_latent(crosscoder, view):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import collectives, over
-from training_cases import activations, recipe, to_numpy, weights
+from training_cases import activations, recipe, selected, to_numpy, weights
 
 import crosscoder_jax as cc
+from crosscoder_jax.kernels import native
 from crosscoder_jax.sharding import Shardings, make_mesh
 from crosscoder_jax.training.loop import put_batch
 from crosscoder_jax.training.state import init_state
@@ -37,28 +38,44 @@ def on(mesh):
 
 
 def train(config, shape):
-    """Metrics and which latents fired at each step, and the weights at the end."""
+    """Metrics and what was kept of each token at each step, and the weights at the end."""
     mesh = None if shape is None else make_mesh(*shape)
-    metrics, fired = [], []
+    metrics, kept = [], []
     with on(mesh) as shardings:
         state = init_state(config, b_dec=ACTS[0].mean(axis=0), shardings=shardings)
         for batch in ACTS:
-            state, measured = train_step(state, put_batch(batch, mesh), config=config)
+            acts = put_batch(batch, mesh)
+            kept.append(np.asarray(selected(state, acts)))
+            state, measured = train_step(state, acts, config=config)
             metrics.append({name: float(value) for name, value in jax.device_get(measured).items()})
-            fired.append(np.asarray(state.tokens_since_fired) == 0)
-        return metrics, np.stack(fired), weights(state), to_numpy(state)
+            # What the step itself kept, by the latents.
+            np.testing.assert_array_equal(np.asarray(state.tokens_since_fired) == 0, kept[-1].any(axis=0))
+        return metrics, np.stack(kept), weights(state), to_numpy(state)
+
+
+@pytest.fixture(scope="module", params=["dense", "kept"])
+def way(request):
+    """Gradients by the dense code, as on TPUs and GPUs, and by what is kept alone, as on CPUs."""
+    if request.param == "kept" and native.missing() is not None:
+        pytest.skip(f"the products of what is kept are not compiled: {native.missing()}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "is_available", lambda: request.param == "kept")
+        jax.clear_caches()  # which do not know of the patch
+        yield request.param
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(way):
     return train(RECIPE, None)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_twenty_steps_are_those_of_one_device(alone, shape):
-    metrics, fired, parameters, state = train(RECIPE, shape)
-    expected_metrics, expected_fired, expected_parameters, expected_state = alone
-    np.testing.assert_array_equal(fired, expected_fired)
+    metrics, kept, parameters, state = train(RECIPE, shape)
+    expected_metrics, expected_kept, expected_parameters, expected_state = alone
+    np.testing.assert_array_equal(kept.sum(axis=(1, 2)), BATCH)
+    np.testing.assert_array_equal(kept, expected_kept)
     assert [m["l0"] for m in metrics] == [m["l0"] for m in expected_metrics]
     # Sums of partial sums are added in another order: float32 rounds each by 6e-8, and Adam hands a
     # relative error of a gradient on to an update of 1e-2, twenty times.
@@ -103,7 +120,7 @@ DATA, LATENT = 2, 4
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(way):
     mesh = make_mesh(DATA, LATENT)
     with on(mesh) as shardings:
         state = init_state(LARGE, shardings=shardings)
@@ -158,9 +175,10 @@ def test_what_is_reduced_over_which_axis(compiled):
 
 
 @pytest.mark.parametrize("has_aux_k", [False, True])
-def test_the_gradients_are_reduced_once(compiled, has_aux_k):
+def test_the_gradients_are_reduced_once(compiled, has_aux_k, way):
     """One collective over ``data`` has them all. In steps with dead latents AuxK, whose branch is entered
-    only then, sends its part of the decoder's gradient besides."""
+    only then, sends its part of the decoder's gradient besides; of the encoder's, too, where the other one is
+    not made of a dense gradient of the pre-activations, to which it could be added."""
     if has_aux_k:
         text = compiled[0].as_text()
     else:
@@ -173,7 +191,8 @@ def test_the_gradients_are_reduced_once(compiled, has_aux_k):
     matrices = {(width, latents), (latents, width)}
     sent = [[shape for shape in shapes if shape in matrices] for _, shapes, _ in collectives(text)]
     carriers = sorted((shapes for shapes in sent if shapes), key=len)
-    assert [len(shapes) for shapes in carriers] == ([1, 2] if has_aux_k else [2])
+    of_aux_k = {"dense": [1], "kept": [1, 1]}[way] if has_aux_k else []
+    assert [len(shapes) for shapes in carriers] == [*of_aux_k, 2]
     assert set(carriers[-1]) == matrices
 
 

@@ -106,7 +106,7 @@ def test_several_processes_train_the_run_of_one(place, number, mesh, count):
     name = f"{number} {mesh}"
     assert_is_the_run(place, name)
     for index in range(count):
-        np.testing.assert_array_equal(seen(place, name, count, index)["fired"], seen(place, "alone")["fired"])
+        np.testing.assert_array_equal(seen(place, name, count, index)["kept"], seen(place, "alone")["kept"])
 
 
 @pytest.mark.parametrize(("number", "mesh", "count"), RUNS)

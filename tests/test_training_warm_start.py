@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from core_cases import arrays, random_crosscoder, two_sources
+from flax import nnx
 from training_cases import activations, recipe, weights, write_store
 
 import crosscoder_jax as cc
@@ -109,6 +110,136 @@ def test_what_a_frozen_start_brings_is_held_and_the_rest_learns():
         moved[where] = False
         # Not all: some of the new latents do not fire in so few steps.
         assert (after[name][moved] != before[name][moved]).mean() > 0.25, name
+
+
+EVEN = cc.Sources((cc.Source("chat", 4), cc.Source("base", 4)))
+WIDER = cc.Sources((cc.Source("new", 4), cc.Source("base", 4), cc.Source("chat", 4)))
+BOTH = ("chat", "base")
+OPTIMIZERS = {"Adam": cc.Adam(), "factored": cc.Adam(second_moment="factored"), "Muon": cc.Muon()}
+
+
+def grouped(*groups, **changes):
+    """A saved crosscoder that is as its groups ask."""
+    crosscoder = saved(sources=EVEN, groups=groups, **changes)
+    crosscoder.constrain()
+    crosscoder.equalise_norms()
+    return crosscoder
+
+
+def groups_of(writes):
+    """Of 8 latents or 16: a quarter with one decoder, one with one norm, one of chat, one free."""
+    return (
+        LatentGroup("tied", 0.25, is_tied=True, writes=writes),
+        LatentGroup("norm-tied", 0.25, is_norm_tied=True, writes=writes),
+        LatentGroup("chat", 0.25, reads=("chat",), writes=("chat",)),
+    )
+
+
+def in_sources(values):
+    """Weights ``[latent, width]`` by the name of the source; of EVEN or WIDER."""
+    names = {8: ("chat", "base"), 12: ("new", "base", "chat")}[values.shape[1]]
+    return dict(zip(names, np.split(values, len(names), axis=1), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sources", "writes", "optimizer"),
+    [(EVEN, None, "Adam"), *((WIDER, BOTH, name) for name in OPTIMIZERS)],
+    ids=["same sources", *(f"wider, {name}" for name in OPTIMIZERS)],
+)
+def test_a_frozen_start_is_held_bit_for_bit_whatever_its_groups_share(sources, writes, optimizer):
+    start, old = dataclasses.replace(START, is_frozen=True), grouped(*groups_of(None))
+    config, state = begun(start, sources, 16, old, groups=groups_of(writes), optimizer=OPTIMIZERS[optimizer])
+    begins = weights(state)
+    new, old = weights(trained(config, state)), arrays(old)
+    # Two latents of each quarter were saved; they come first in quarters of four.
+    places = np.flatnonzero(np.arange(16) % 4 < 2)
+    for name in BOTH:
+        for tensor, of_latent in (("w_dec", lambda values: values), ("w_enc", np.transpose)):
+            now, then = (in_sources(of_latent(each[tensor]))[name] for each in (new, old))
+            np.testing.assert_array_equal(now[places], then, err_msg=f"{tensor} of {name}")
+    np.testing.assert_array_equal(new["b_enc"][places], old["b_enc"])
+    decoders = in_sources(new["w_dec"])
+    # Latents that are new have learned, and their groups hold for them, too.
+    np.testing.assert_array_equal(decoders["base"][2:4], decoders["chat"][2:4])
+    norms = [np.linalg.norm(decoders[name][6:8], axis=1) for name in BOTH]
+    np.testing.assert_allclose(*norms, rtol=1e-6)
+    assert np.abs(new["w_dec"] - begins["w_dec"])[np.arange(16) % 4 >= 2].max() > 1e-3
+
+
+def test_learned_thresholds_of_a_frozen_start_are_held():
+    rule = {"sparsity": cc.JumpReLU(), "l0": cc.L0Penalty(1.0, target=3), "aux_k": None}
+    old = random_crosscoder(num_latents=8, sources=SAVED, sparsity=cc.JumpReLU())
+    config, state = begun(dataclasses.replace(START, is_frozen=True), crosscoder=old, **rule)
+    before = np.asarray(state.crosscoder().latent_threshold[...])
+    after = np.asarray(trained(config, state).crosscoder().latent_threshold[...])
+    np.testing.assert_array_equal(after[:8], old.latent_threshold[...])
+    assert (after[8:] != before[8:]).any()
+
+
+@pytest.mark.parametrize("tie", ["is_tied", "is_norm_tied"])
+def test_what_was_tied_can_be_untied_for_a_new_source(tie):
+    old = grouped(LatentGroup("shared", 0.5, **{tie: True}))
+    _, state = begun(sources=WIDER, num_latents=8, crosscoder=old, groups=(LatentGroup("shared", 0.5),))
+    decoders = in_sources(weights(state)["w_dec"])
+    for name, values in in_sources(np.asarray(old.w_dec[...])).items():
+        np.testing.assert_array_equal(decoders[name], values)
+    assert not decoders["new"].any()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            {"is_tied": True},
+            {"is_tied": True},
+            r"group 'shared' has is_tied=True and writes \('new', 'base', 'chat'\), but in the saved "
+            r"crosscoder it writes \('chat', 'base'\): .* Restrict it to writes=\('chat', 'base'\), or",
+        ),
+        ({"is_norm_tied": True}, {"is_norm_tied": True}, "group 'shared' has is_norm_tied=True and writes"),
+        ({}, {"is_tied": True, "writes": BOTH}, "'shared' has is_tied=True and had not in the saved"),
+        (
+            {},
+            {"is_norm_tied": True, "writes": BOTH},
+            "'shared' has is_norm_tied=True and had not in the saved",
+        ),
+        (
+            {"is_norm_tied": True},
+            {"is_tied": True, "writes": BOTH},
+            "has is_tied=True and had not in the saved crosscoder, whose decoders it would change: set is",
+        ),
+        (
+            {},
+            {"writes": ("chat",)},
+            r"'shared' writes \('chat',\), but .* it writes \('chat', 'base'\): weights",
+        ),
+        ({}, {"reads": ("new",)}, r"would be lost. Give it reads=\('chat', 'base'\), or more"),
+    ],
+)
+def test_groups_that_would_change_saved_weights_are_refused(before, now, message):
+    old = grouped(LatentGroup("shared", 0.5, **before))
+    with pytest.raises(ValueError, match=message):
+        begun(sources=WIDER, crosscoder=old, groups=(LatentGroup("shared", 0.5, **now),))
+
+
+def test_groups_are_those_of_what_the_sources_are_here():
+    old = grouped(LatentGroup("chat", 0.5, writes=("chat",)))
+    sources = cc.Sources((cc.Source("base", 4), cc.Source("tuned", 4)))
+    start = dataclasses.replace(START, sources=("tuned", "base"))
+    _, state = begun(start, sources, 8, old, groups=(LatentGroup("chat", 0.5, writes=("tuned",)),))
+    np.testing.assert_array_equal(weights(state)["w_dec"][:, 4:], np.asarray(old.w_dec[...])[:, :4])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_frozen_decoders_of_groups_stay_bit_for_bit(optimizer):
+    config = recipe(sources=EVEN, groups=groups_of(None), frozen=("w_dec",), optimizer=OPTIMIZERS[optimizer])
+    state = cc.init_state(config)
+    # Norms that are equal but for their last bits, as training leaves them.
+    crosscoder = state.crosscoder()
+    crosscoder.w_dec[...] = grouped(*groups_of(None), num_latents=16).w_dec[...]
+    state = dataclasses.replace(state, params=nnx.state(crosscoder, nnx.Param))
+    before, after = weights(state), weights(trained(config, state))
+    assert before["w_dec"].tobytes() == after["w_dec"].tobytes()
+    assert (before["w_enc"] != after["w_enc"]).any()
 
 
 @pytest.mark.parametrize("frozen", [("w_enc", "b_enc"), ("w_dec",), ()], ids=str)

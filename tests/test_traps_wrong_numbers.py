@@ -23,10 +23,10 @@ from crosscoder_jax.activations import TokenView
 from crosscoder_jax.activations.statistics import MomentAccumulator
 from crosscoder_jax.diffing import DiffConfig, diff_run, latent_scaling
 from crosscoder_jax.diffing.evidence import init_activity, init_top, update_activity, update_top
-from crosscoder_jax.metrics import explained_variance, reconstruction_sums
+from crosscoder_jax.metrics import explained_variance, fired_counts, reconstruction_sums
 from crosscoder_jax.objectives import AuxK, ErrorNorm, MeanSquaredError, SquaredError
 from crosscoder_jax.sharding import Shardings, make_mesh
-from crosscoder_jax.sparsity import BatchTopK, SparseCode
+from crosscoder_jax.sparsity import BatchTopK
 from crosscoder_jax.training.checkpoint import Checkpoints
 from crosscoder_jax.training.evaluate import evaluate
 from crosscoder_jax.training.forward import count_silence

@@ -81,6 +81,13 @@ def weights(state):
     return {name: np.asarray(getattr(crosscoder, name)[...]) for name in ("w_enc", "b_enc", "w_dec", "b_dec")}
 
 
+@jax.jit
+def selected(state, acts):
+    """Which latents a state's training rule keeps of each token of a batch."""
+    crosscoder = state.crosscoder()
+    return crosscoder.training_code(crosscoder.pre_acts(crosscoder.normalize(acts))).code > 0
+
+
 def files(folder):
     """Every file below ``folder`` with its bytes."""
     return {

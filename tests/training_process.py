@@ -2,8 +2,8 @@
 
 JOBS is a JSON file, a list of jobs done one after another: ``folder`` of the run, ``mesh``, whether it
 ``is_warm``, begun with another, and ``stop_at`` the step after which the last process is sent SIGTERM. What
-a process saw is left beside the run as ``<folder>.<count>.<id>.npz``: which latents fired at each step, and
-which files of the store it read.
+a process saw is left beside the run as ``<folder>.<count>.<id>.npz``: what was kept of each token at each
+step, and which files of the store it read.
 """
 
 import json

@@ -14,8 +14,6 @@ class Comparison:
     sources: Sources
     w_dec: DecoderWeights
     b_dec: PerWidth
-    is_stored_space: bool
-    """Whether ``sources`` are all those of the store, in its order."""
 
     @property
     def is_pair(self) -> bool:
@@ -35,21 +33,30 @@ class Comparison:
 def comparison(crosscoder: Crosscoder, stored: Sources) -> Comparison:
     """Return the decoders in the space where the models are compared, raw activation units.
 
-    A crosscoder that reads a basis of the stored sources, such as before and after - before, is
-    compared as before and after: its decoders are carried back. One that reads a combination
-    alone, such as a difference, keeps its own space.
+    A crosscoder that reads a basis of stored sources, such as before and after - before, is
+    compared as before and after: its decoders are carried back, whatever else the store holds. One
+    that reads a combination alone, such as a difference, keeps its own space.
 
     Args:
         crosscoder: with its normaliser.
         stored: the sources of the store.
+
+    Raises:
+        ValueError: if the crosscoder reads two sources that are combined of stored ones and do not
+            determine them: no decoder norm in them is that of a model; or the store lacks one of those.
     """
     own = crosscoder.config.sources
     w_dec, b_dec = crosscoder.raw_decoder()
-    if own.is_derived and len(own) == len(stored):
-        try:
-            bias = own.to_stored_decoder(b_dec[None], stored)[0]
-            return Comparison(stored, own.to_stored_decoder(w_dec, stored), bias, is_stored_space=True)
-        except ValueError:
-            # Dependent combinations: there is no way back, so they are compared as they are.
-            pass
-    return Comparison(own, w_dec, b_dec, is_stored_space=False)
+    if not own.is_derived:
+        return Comparison(own, w_dec, b_dec)
+    made_of = own.made_of(stored)
+    if own.is_basis_of(made_of):
+        bias = own.to_stored_decoder(b_dec[None], made_of)[0]
+        return Comparison(made_of, own.to_stored_decoder(w_dec, made_of), bias)
+    if len(own) == 2:
+        raise ValueError(
+            f"sources {own.names} do not determine {made_of.names}, of which they are made, so their "
+            "decoders compare no two models: train on a basis, such as before and after - before, or on one "
+            "combination alone"
+        )
+    return Comparison(own, w_dec, b_dec)

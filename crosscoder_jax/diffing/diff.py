@@ -25,6 +25,7 @@ from crosscoder_jax.diffing.table import (
     strongest_latents,
     trajectory_columns,
 )
+from crosscoder_jax.diffing.trajectories import are_snapshots
 from crosscoder_jax.diffing.verdicts import verdicts, why_not_confirmed
 from crosscoder_jax.sharding import place, to_host
 from crosscoder_jax.sources import Sources
@@ -42,9 +43,10 @@ def diff_run(
     Each latent is tested by Latent Scaling on the side its ``delta_norm`` points to: from 0.5 up with
     the chat decoder as the direction, below with the base decoder, so that ``nu`` is always the
     other model's share. A crosscoder of one source, such as a difference SAE, has no columns that
-    compare two models; of sources with different widths only norms are compared. Everything is
-    in raw activation units; a crosscoder that reads a basis of the stored sources is compared in
-    their space. Of latents that a group makes exclusive ``delta_norm`` says nothing, Latent Scaling all.
+    compare two models; of sources with different widths only norms are compared. Of one layer of three
+    models or more it tells in which each latent appears, and how it turns. Everything is in raw activation
+    units; a crosscoder that reads a basis of stored sources is compared in their space. Of latents that a
+    group makes exclusive ``delta_norm`` says nothing, Latent Scaling all.
     A crosscoder on a mesh is measured there; of several processes all call this, and each reads the whole
     view.
 
@@ -56,9 +58,9 @@ def diff_run(
 
     Raises:
         StoreError: if a file of the store is damaged.
-        ValueError: if the store lacks a source of the crosscoder, a mesh axis does not divide the
-            batch size, each source has its own code, or snippets are asked for of a store of 2^31
-            tokens or more.
+        ValueError: if the store lacks a source of the crosscoder, two sources are combinations that do
+            not determine the stored ones, a mesh axis does not divide the batch size, each source has its
+            own code, or snippets are asked for of a store of 2^31 tokens or more.
     """
     require_one_code(crosscoder, "diff_run")
     store, stored = view.store, view.store.sources
@@ -70,7 +72,8 @@ def diff_run(
     host_norms, labels = to_host(norms).astype(np.float64), store.manifest.labels
 
     columns = norm_columns(host_norms, space.sources) | group_columns(crosscoder.config.layout, host_norms)
-    columns |= trajectory_columns(host_norms, space.w_dec, space.sources)
+    if are_snapshots(space.sources, store.manifest.sources):
+        columns |= trajectory_columns(host_norms, space.w_dec, space.sources)
     scaled: Columns = {}
     if delta is not None:
         classes = to_host(classify_latents(delta, config.cutoffs, is_dead=_dead(activity, crosscoder)))

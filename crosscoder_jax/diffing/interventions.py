@@ -12,8 +12,28 @@ from jaxtyping import Array, Bool, Float
 
 from crosscoder_jax.crosscoder import Crosscoder
 from crosscoder_jax.diffing.comparison import comparison
-from crosscoder_jax.sources import Sources, difference
+from crosscoder_jax.sources import Source, Sources
 from crosscoder_jax.typing import Acts, Latents
+
+
+def before_and_after(crosscoder: Crosscoder, stored: Sources) -> tuple[Source, Source]:
+    """Return the two stored sources whose change a crosscoder tells of, base and chat.
+
+    Args:
+        crosscoder: of both, in whatever basis of them, or of their difference.
+        stored: of the store, which may hold more.
+
+    Raises:
+        ValueError: if it is made of other than two sources of one width, or the store lacks one of them.
+    """
+    made_of = crosscoder.config.sources.made_of(stored)
+    if len(made_of) != 2 or len(set(made_of.widths)) != 1:
+        raise ValueError(
+            f"a crosscoder of the sources {dict(zip(made_of.names, made_of.widths, strict=True))} tells of "
+            "no change: take one of two of one width, such as one layer of base and of chat"
+        )
+    before, after = made_of.entries
+    return before, after
 
 
 def decoder_change(
@@ -26,26 +46,21 @@ def decoder_change(
 
     Args:
         crosscoder: with its normaliser.
-        stored: base and chat, of one width.
+        stored: of the store, which may hold more than base and chat.
 
     Returns:
         Decoders per unit of activation, and the bias, both in raw activation units.
 
     Raises:
-        ValueError: if the stored sources are not two of one width, or the crosscoder neither explains both
-            nor reads their difference.
+        ValueError: if the crosscoder is made of other than two stored sources of one width, or neither
+            explains both nor reads their difference.
     """
-    if len(stored) != 2 or len(set(stored.widths)) != 1:
-        raise ValueError(
-            f"the sources {dict(zip(stored.names, stored.widths, strict=True))} have no difference: "
-            "two of one width have, such as one layer of base and of chat"
-        )
-    space, (base, chat) = comparison(crosscoder, stored), stored.entries
+    (base, chat), space = before_and_after(crosscoder, stored), comparison(crosscoder, stored)
     if space.is_pair:
         (base_dec, chat_dec), (base_bias, chat_bias) = map(space.sources.split, (space.w_dec, space.b_dec))
         return chat_dec - base_dec, chat_bias - base_bias
     (own,) = space.sources.entries if len(space.sources) == 1 else (None,)
-    if own is None or own.combination != difference(chat, base).combination:
+    if own is None or dict(own.combination or ()) != {chat.name: 1.0, base.name: -1.0}:
         raise ValueError(
             f"a crosscoder of {space.sources.names} says nothing of {chat.name} - {base.name}: take one that "
             "reads both, or their difference"
@@ -63,9 +78,9 @@ def patched_acts(
 
     Args:
         crosscoder: with its inference threshold.
-        acts: of base and chat side by side, raw activation units.
+        acts: of all stored sources side by side, raw activation units.
         sets: which latents take part, by name.
-        stored: base and chat, of one width.
+        stored: what ``acts`` holds: base and chat, of one width, and perhaps others.
 
     Returns:
         By the name of each set, raw activation units; and besides them ``none``, which is ``h_base``;
@@ -82,7 +97,8 @@ def patched_acts(
         raise ValueError(f"set {taken[0]!r} has the name of one that is always there: choose another")
     w_dec, bias = decoder_change(crosscoder, stored)
     code = crosscoder.encode(crosscoder.config.sources.derive(acts, stored))
-    base, _ = stored.split(acts)
+    before, _ = before_and_after(crosscoder, stored)
+    base = stored.split(acts)[stored.names.index(before.name)]
 
     def added(code: Latents) -> Float[Array, "batch one_width"]:
         return jnp.matmul(code, w_dec, precision=lax.Precision.HIGHEST)

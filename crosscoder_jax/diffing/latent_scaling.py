@@ -295,7 +295,8 @@ def latent_scaling(
     behind the paper mixes raw activations and normalised decoders when there is a normaliser.
 
     Args:
-        crosscoder: of two sources of one width, the base first.
+        crosscoder: of two sources of one width, the base first. They are taken as they are: of base and
+            chat - base it compares these two; :func:`~crosscoder_jax.diffing.diff_run` compares the models.
         batches: from the held-out part of a store, or bare ``[batch, width]`` arrays, whose rows are
             then taken to be independent of each other; if they are not, standard errors are too small.
         reference: 1 for chat-only candidates, 0 for base-only ones, or one index per latent.

@@ -104,14 +104,11 @@ def measure(
             stored=view.store.sources,
             compared=space.sources,
             room=room,
-            is_stored_space=space.is_stored_space,
         )
     return sums, decoders
 
 
-@functools.partial(
-    jax.jit, donate_argnames="sums", static_argnames=("stored", "compared", "room", "is_stored_space")
-)
+@functools.partial(jax.jit, donate_argnames="sums", static_argnames=("stored", "compared", "room"))
 def _update(
     sums: DiffSums,
     decoders: ScalingDecoders | None,
@@ -124,17 +121,15 @@ def _update(
     stored: Sources,
     compared: Sources,
     room: int,
-    is_stored_space: bool,
 ) -> DiffSums:
-    own_acts = crosscoder.config.sources.read(stored_acts, stored)
-    code = crosscoder.encode(own_acts)
+    code = crosscoder.encode(crosscoder.config.sources.read(stored_acts, stored))
     shardings = crosscoder.shardings
     scaling = sums.scaling
     if scaling is not None and decoders is not None:
         scaling = update_scaling(
             scaling,
             decoders,
-            stored.read(stored_acts, stored) if is_stored_space else own_acts,
+            compared.read(stored_acts, stored),
             code,
             jackknife_groups(documents, scaling.tokens.high.shape[0]),
             is_valid,

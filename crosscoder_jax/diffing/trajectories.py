@@ -4,14 +4,33 @@ References:
     arXiv 2509.17196: the decoder norm in each snapshot is the strength of a feature over training.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from crosscoder_jax.activations.manifest import StoredSource
 from crosscoder_jax.sources import Sources
 from crosscoder_jax.typing import DecoderWeights
 
 APPEARED_SHARE = 0.5
 """A latent is there when its decoder has this share of its largest norm."""
+
+
+def are_snapshots(sources: Sources, stored: Sequence[StoredSource]) -> bool:
+    """Tell whether sources are one layer of as many models, so that their order can be one of time.
+
+    Models are told apart by their name or their revision. Layers of one model, and combinations of stored
+    sources, are no snapshots: of two models at two layers no latent appears anywhere first.
+
+    Args:
+        sources: in which decoders are compared.
+        stored: what the store says of each of its sources.
+    """
+    known = {one.name: one for one in stored}
+    found = [known[entry.name] for entry in sources if entry.combination is None and entry.name in known]
+    models = {(one.model, one.revision) for one in found}
+    return len(sources) == len(found) == len(models) and len({one.hook_point for one in found}) == 1
 
 
 def appearance(

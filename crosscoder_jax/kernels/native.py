@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 import os
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -35,17 +36,19 @@ _FUNCTIONS = (
 def missing() -> str | None:
     """Return why the compiled products are not there, ``None`` if they are; XLA knows them after that."""
     if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0 says so"
+        return f"{SWITCH} is 0"
     spec = importlib.util.find_spec("crosscoder_jax.kernels._entries")
     if spec is None or spec.origin is None:
-        return "no C++ compiler was there when crosscoder_jax was installed: install one, then the package again"
+        return (
+            "no C++ compiler was there when crosscoder_jax was installed: install one, then the package again"
+        )
     try:
         library = ctypes.CDLL(spec.origin)
         for name in _FUNCTIONS:
             handler = jax.ffi.pycapsule(getattr(library, f"crosscoder_{name}"))
             jax.ffi.register_ffi_target(f"crosscoder_{name}", handler, platform="cpu")
     except (OSError, AttributeError, RuntimeError) as error:
-        return f"{spec.origin} does not suit jaxlib {jax.lib.__version__} ({error}): install crosscoder_jax again"
+        return f"{spec.origin} does not suit jaxlib {version('jaxlib')} ({error})"
     return None
 
 
@@ -97,9 +100,7 @@ def decoder_gradient(values: EntryFloats, order: ByLatent, grad: Acts) -> Decode
     return _call("decoder_gradient", _floats(len(order.starts) - 1, grad.shape[1]), values, *order, grad)
 
 
-def encoder_gradient(
-    of_values: EntryFloats, order: ByLatent, acts: Acts
-) -> tuple[EncoderWeights, PerLatent]:
+def encoder_gradient(of_values: EntryFloats, order: ByLatent, acts: Acts) -> tuple[EncoderWeights, PerLatent]:
     """Return the gradients of the encoder and of its bias."""
     num_latents = len(order.starts) - 1
     shapes = _floats(acts.shape[1], num_latents), _floats(num_latents)

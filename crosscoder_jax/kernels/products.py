@@ -1,4 +1,4 @@
-"""Decode what a batch keeps, and differentiate that, touching no latent that is zero; on one device or a mesh."""
+"""Decode what a batch keeps, and differentiate that, without the zeros of its code, on a mesh too."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ def decode_kept(
 
     own = _each_shards_own(shardings)
     given = (shardings.code_bl, shardings.per_latent_l, P(), shardings.w_dec_lw)
-    found = Decoded(shardings.acts_bw, P(), shardings.per_latent_l, *own)
+    found = _specs(Decoded, shardings.acts_bw, P(), shardings.per_latent_l, *own)
     return _over_mesh(summed, given, found)(*arrays)
 
 
@@ -110,15 +110,19 @@ def kept_gradients(
 
     rows = shardings.acts_bw
     given = (*_each_shards_own(shardings), rows, rows, shardings.w_dec_lw)
-    found = Gradients(shardings.w_enc_wl, shardings.per_latent_l, shardings.w_dec_lw)
+    found = _specs(Gradients, shardings.w_enc_wl, shardings.per_latent_l, shardings.w_dec_lw)
     return _over_mesh(summed, given, found)(*arrays)
 
 
-def _each_shards_own(shardings: Shardings) -> tuple[Entries, ByLatent]:
-    """Return the layout of entries, which are each shard's own, one after the other."""
+def _each_shards_own(shardings: Shardings) -> tuple[Any, Any]:
+    """Return the layout of entries and their order, which are each shard's own, one after the other."""
     assert shardings.code_bl is not None
-    own = P(tuple(shardings.code_bl))
-    return Entries(*[own] * 3), ByLatent(*[own] * 3)
+    own: Any = P(tuple(shardings.code_bl))
+    return Entries(own, own, own), ByLatent(own, own, own)
+
+
+def _specs(kind: Callable[..., Any], *specs: Any) -> Any:
+    return kind(*specs)
 
 
 def _over_mesh(of_shard: Callable[..., Any], given: Any, found: Any) -> Callable[..., Any]:

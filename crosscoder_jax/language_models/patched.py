@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from crosscoder_jax.activations.split import Split
 from crosscoder_jax.activations.store import ActivationStore
 from crosscoder_jax.crosscoder import Crosscoder
-from crosscoder_jax.diffing.interventions import decoder_change, patched_acts
+from crosscoder_jax.diffing.interventions import before_and_after, decoder_change, patched_acts
 from crosscoder_jax.language_models.config import SpliceConfig
 from crosscoder_jax.language_models.document_sums import DocumentSums, patch_metrics
 from crosscoder_jax.language_models.replay import IsPredicted, Replay
@@ -41,7 +41,7 @@ def evaluate_patched(
 
     Args:
         crosscoder: of base and chat, of a basis of them, or of their difference; with its threshold.
-        store: of one layer of base and chat, written by a harvest.
+        store: of one layer of base and chat, and perhaps of others, written by a harvest.
         split: of the run.
         sets: which latents are patched in, by name; :func:`~crosscoder_jax.diffing.patched_acts` adds
             ``none``, ``bias`` and ``all``.
@@ -63,17 +63,19 @@ def evaluate_patched(
     """
     stored = store.sources
     decoder_change(crosscoder, stored)  # refuses before anything is loaded
+    _, after = before_and_after(crosscoder, stored)
     chosen = {name: jnp.asarray(which) for name, which in sets.items()}
     patch = jax.jit(functools.partial(patched_acts, sets=chosen, stored=stored))
     sums = DocumentSums()
     with bars_off():
         replay = Replay(store, split, config, progress)
+        (model,) = {planned.model for planned in replay.plan.sources if planned.stored.name == after.name}
         for batch in replay:
             wanted = batch.restricted(is_predicted)
-            clean = run_model(replay.pair.model("chat"), wanted.ids, wanted.mask)
+            clean = run_model(replay.pair.model(model), wanted.ids, wanted.mask)
             losses = {}
             for name, acts in patch(crosscoder, jnp.asarray(wanted.rows(stored))).items():
-                logits = replay.run("chat", stored.names[1], wanted, wanted.as_residual(np.asarray(acts)))
+                logits = replay.run(model, after.name, wanted, wanted.as_residual(np.asarray(acts)))
                 divergence = kl_divergence(clean, logits, wanted.is_counted)
                 losses[f"kl/{name}"] = divergence.double().cpu().numpy()
             sums.add(wanted.documents(), losses)

@@ -43,7 +43,8 @@ def evaluate_spliced(
     A crosscoder of derived sources is spliced in as :meth:`Sources.to_stored_acts` says: a
     difference SAE's reconstruction (or mean, or zero) is added to what ``before`` has on the token,
     for the model ``after``; ``before`` itself is left as it is and not measured. Its recovered
-    fraction is that of the *difference*, not comparable with a crosscoder's.
+    fraction is that of the *difference*, not comparable with a crosscoder's. Of a store that holds more than
+    the crosscoder is made of, the others are not measured.
 
     Args:
         crosscoder: with its inference threshold.

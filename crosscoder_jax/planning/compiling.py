@@ -51,8 +51,9 @@ def compiled_steps(
     """Compile the step for every mesh; yield what the compiler says of each as it comes.
 
     Yields:
-        ``hosts``, and ``refusal`` where memory was too small, or else bytes, ``flops``, ``optimal_seconds``
-        and the program's ``text``.
+        ``no_mesh`` where the chips make none like that; or ``processes``, whose each chip of the mesh is, and
+        ``refusal`` where memory was too small, or else bytes, ``flops``, ``optimal_seconds`` and the
+        program's ``text``.
 
     Raises:
         ModuleNotFoundError: if the compiler is not installed.

@@ -6,9 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from crosscoder_jax.planning.chips import Chip
 from crosscoder_jax.planning.compiling import compiled_steps
 from crosscoder_jax.planning.config import STORED_BYTES, PlanConfig
+from crosscoder_jax.planning.hosts import Hosts
 from crosscoder_jax.planning.program import Collective, Program
 from crosscoder_jax.planning.step import StateBytes, abstract_mesh, abstract_state, state_bytes
 from crosscoder_jax.typing import Progress
@@ -18,6 +21,11 @@ PARTS = ("selection", "aux_k", "update", "dot_general")
 SELECTION_PASSES = 3
 """Assumed passes of BatchTopK's search but the first; how many it takes depends on the scores and on the
 guess: two to three where the running threshold is right to half a per cent."""
+COPIES_WHERE_PUBLISHED = 3
+"""Of the finished crosscoder in the memory of the host that writes it: its tensors, the file that safetensors
+makes of them, and that as Python's bytes. Every other host has the tensors."""
+Estimate = Literal["xla", "cycles"]
+"""What speeds follow from: XLA's time and what it leaves out, or the compiler's cycles."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +35,7 @@ class ChipBytes:
     weights: int
     """Encoder, decoder, biases."""
     moments: int
-    """Of Adam."""
+    """Of the optimiser."""
     batch: int
     """Its share of the activations of one batch, and small state."""
     pre_acts: int
@@ -36,11 +44,13 @@ class ChipBytes:
     """All that lives only within a step, as the compiler lays it out; ``None`` if nothing was compiled."""
     program: int
     """The compiled step, and outputs that reuse no argument."""
+    assumed_temporaries: int = 0
+    """What the temporaries are taken for where nothing was compiled: gradients, codes and their gradients."""
 
     @property
     def total(self) -> int:
-        """All of it; not compiled, with gradients and three arrays [batch, latent] as temporaries."""
-        temporaries = self.weights + 3 * self.pre_acts if self.temporaries is None else self.temporaries
+        """All of it."""
+        temporaries = self.assumed_temporaries if self.temporaries is None else self.temporaries
         return self.weights + self.moments + self.batch + temporaries + self.program
 
 
@@ -62,6 +72,10 @@ class MeshPlan:
     """Memory."""
     hosts: int
     """That the chips belong to."""
+    data_shards_per_host: int = 1
+    """Shards of the batch that the chips of one host hold, and that it reads; of the host that has most."""
+    lanes: int = 1
+    """The least ``--lanes`` with which every host reads its shards of the batch alone."""
     collectives: tuple[Collective, ...] = ()
     """Of one step, the largest first."""
     flops: float | None = None
@@ -80,17 +94,21 @@ class MeshPlan:
     collectives at the full speed of the links. Not a measurement."""
     cycle_shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Share of those cycles by part of the step."""
+    estimate: Estimate = "xla"
+    """What ``seconds`` and all that follows from it are from: the same for all meshes of a plan."""
     tokens_per_s: float | None = None
     """At the estimate ``seconds``."""
     utilization: float | None = None
     """Dense step's operations over what the chips could do in that time, estimated."""
     store_bytes_per_s: float | None = None
-    """That the store must deliver to each host at that speed."""
+    """That the store must deliver to a host, the one that reads most, at that speed and with ``lanes``."""
 
     @property
     def seconds(self) -> float | None:
-        """The estimate of a step that speeds follow from: XLA's and what it leaves out, or the cycles'."""
-        return self.cycle_seconds if self.xla_seconds is None else self.xla_seconds + self.left_out_seconds
+        """The estimate of a step that speeds follow from; ``None`` where there is none of that kind."""
+        if self.estimate == "cycles":
+            return self.cycle_seconds
+        return None if self.xla_seconds is None else self.xla_seconds + self.left_out_seconds
 
     @property
     def chips(self) -> int:
@@ -108,12 +126,18 @@ class Plan:
     """Of one chip."""
     checkpoint_bytes: int
     """Of a training state on disk."""
+    crosscoder_bytes: int
+    """Of the finished crosscoder, which every host holds whole when it is published, and the first of them
+    ``COPIES_WHERE_PUBLISHED`` times."""
     meshes: tuple[MeshPlan, ...]
     """By shards of the data."""
 
     @property
     def cheapest(self) -> MeshPlan | None:
-        """The split that fits with the least chip-seconds per token, as estimated; ``None`` if none fits."""
+        """The split that fits with the least chip-seconds per token, as estimated; ``None`` if none fits.
+
+        Where nothing estimates times it is the one that takes the least memory.
+        """
         fitting = [mesh for mesh in self.meshes if mesh.is_fitting]
         return min(fitting, key=_cost, default=None)
 
@@ -149,7 +173,17 @@ def make_plan(config: PlanConfig, progress: Progress | None = None) -> Plan:
             planned[split] = _from_compiler(config, planned[split], facts, memory)
             if progress is not None:
                 progress(done, len(waiting), "meshes")
-    return Plan(config, memory, whole.total, tuple(planned[split] for split in splits))
+    estimate = _estimate_of_all(list(planned.values()))
+    meshes = tuple(_with_speeds(config, planned[split], estimate) for split in splits)
+    return Plan(config, memory, whole.total, whole.weights, meshes)
+
+
+def _estimate_of_all(meshes: Sequence[MeshPlan]) -> Estimate:
+    """Return the kind of estimate that there is of more of the meshes that fit: XLA's if of as many."""
+    fitting = [mesh for mesh in meshes if mesh.is_fitting]
+    by_xla = sum(mesh.xla_seconds is not None for mesh in fitting)
+    by_cycles = sum(mesh.cycle_seconds is not None for mesh in fitting)
+    return "cycles" if by_cycles > by_xla else "xla"
 
 
 def _cost(mesh: MeshPlan) -> tuple[float, int]:
@@ -173,14 +207,16 @@ def _sizes(config: PlanConfig, split: tuple[int, int]) -> tuple[StateBytes, Stat
 
 def _from_shapes(config: PlanConfig, split: tuple[int, int], state: StateBytes, memory: int) -> MeshPlan:
     data, latent = split
-    width, itemsize = sum(config.widths), 2 if config.pre_acts == "bfloat16" else 4
+    width, codes = sum(config.widths), (config.batch_size // data) * (config.num_latents // latent)
+    pre_acts = (2 if config.pre_acts == "bfloat16" else 4) * codes
     sizes = ChipBytes(
         weights=state.weights,
         moments=state.moments,
         batch=state.statistics + 4 * width * config.batch_size // data,
-        pre_acts=itemsize * (config.batch_size // data) * (config.num_latents // latent),
+        pre_acts=pre_acts,
         temporaries=None,
         program=0,
+        assumed_temporaries=pre_acts + _gradient_bytes(config, state.weights, 4 * codes),
     )
     chip = config.topology.chip
     per_host = config.topology.num_chips if chip is None else chip.per_host
@@ -188,6 +224,8 @@ def _from_shapes(config: PlanConfig, split: tuple[int, int], state: StateBytes, 
     if sizes.total > memory:
         needed = f"{sizes.total / 2**30:,.1f} GiB by shapes"
         reason = f"its state alone is {state.total / 2**30:,.1f} GiB" if state.total > memory else needed
+    # As JAX lists them, chips of a host are neighbours.
+    hosts = Hosts.of(np.arange(data * latent).reshape(data, latent) // per_host)
     return MeshPlan(
         data,
         latent,
@@ -195,13 +233,45 @@ def _from_shapes(config: PlanConfig, split: tuple[int, int], state: StateBytes, 
         is_fitting=not reason,
         reason=reason,
         bytes_per_chip=sizes,
-        hosts=-(-data * latent // per_host),
+        hosts=hosts.number,
+        data_shards_per_host=hosts.data_shards,
+        lanes=hosts.lanes,
         model_flops=10.0 * config.num_latents * width * config.batch_size,
     )
 
 
+def _gradient_bytes(config: PlanConfig, weights: int, code: int) -> int:
+    """Return what a step takes for gradients and codes beside the pre-activations, where nothing is compiled.
+
+    A gradient like the weights, the code and its gradient. Reviving adds the decoder's gradient of its own,
+    the code of dead latents, its gradient and what they are ranked by. Of a batch in parts the codes are
+    those of a part, and its gradients lie beside the sum of those before. Codes that are made anew for the
+    backward pass take as much, since one is there at a time either way. As many as the TPU compiler lays out
+    for 73,728 latents on 2x4 chips, within 15 %.
+
+    Args:
+        config: run and chips.
+        weights: bytes of the weights of a chip.
+        code: bytes of one code of a chip's tokens.
+    """
+    is_in_parts, is_reviving = config.micro_batches > 1, bool(config.aux_k_weight)
+    gradients, codes = (1.5, 2) if is_in_parts else (1.0, 2)
+    if is_reviving:
+        gradients, codes = gradients + (3.0 if is_in_parts else 0.5), codes + 3
+    return round(gradients * weights) + codes * code // config.micro_batches
+
+
 def _from_compiler(config: PlanConfig, shapes: MeshPlan, facts: Mapping[str, Any], memory: int) -> MeshPlan:
-    shapes = dataclasses.replace(shapes, basis="compiled", hosts=facts["hosts"])
+    if "no_mesh" in facts:
+        return dataclasses.replace(shapes, is_fitting=False, reason=facts["no_mesh"])
+    hosts = Hosts.of(np.array(facts["processes"]))
+    shapes = dataclasses.replace(
+        shapes,
+        basis="compiled",
+        hosts=hosts.number,
+        data_shards_per_host=hosts.data_shards,
+        lanes=hosts.lanes,
+    )
     if "refusal" in facts:
         return dataclasses.replace(shapes, is_fitting=False, reason=_lacking(facts["refusal"]))
     sizes = dataclasses.replace(
@@ -271,24 +341,28 @@ def _with_times(config: PlanConfig, mesh: MeshPlan, xla_seconds: float | None, p
     chip, total = config.topology.chip, sum(cycles.values())
     if chip is None or chip.clock_hz is None:
         return mesh
-    peak = chip.peak_flops * mesh.chips
     linked = _link_seconds(mesh.collectives, chip.link_bytes_per_s)
-    mesh = dataclasses.replace(
+    return dataclasses.replace(
         mesh,
         xla_seconds=xla_seconds,
         left_out_seconds=_left_out_seconds(config, mesh, chip) + _repeated_seconds(xla_seconds, program),
         cycle_seconds=total / chip.clock_hz + linked if total else None,
         cycle_shares={part: part_cycles / total for part, part_cycles in cycles.items()},
     )
-    if mesh.seconds is None:
+
+
+def _with_speeds(config: PlanConfig, mesh: MeshPlan, estimate: Estimate) -> MeshPlan:
+    """Return a mesh with what follows from one kind of estimate of its step."""
+    mesh, chip = dataclasses.replace(mesh, estimate=estimate), config.topology.chip
+    if chip is None or mesh.seconds is None:
         return mesh
     tokens_per_s = config.batch_size / mesh.seconds
     bytes_per_token = sum(config.widths) * STORED_BYTES[config.stored_dtype]
     return dataclasses.replace(
         mesh,
         tokens_per_s=tokens_per_s,
-        utilization=mesh.model_flops / (mesh.seconds * peak),
-        store_bytes_per_s=tokens_per_s * bytes_per_token / mesh.hosts,
+        utilization=mesh.model_flops / (mesh.seconds * chip.peak_flops * mesh.chips),
+        store_bytes_per_s=tokens_per_s * bytes_per_token * mesh.data_shards_per_host / mesh.data,
     )
 
 

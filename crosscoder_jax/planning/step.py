@@ -64,7 +64,7 @@ class StateBytes:
     weights: int
     """Encoder, decoder, biases."""
     moments: int
-    """Both of Adam."""
+    """Of the optimiser."""
     statistics: int
     """Normaliser, thresholds, counters of silence."""
 

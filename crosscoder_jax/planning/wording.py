@@ -5,13 +5,15 @@ from typing import Any, NamedTuple
 
 from crosscoder_jax.configs import config_to_json
 from crosscoder_jax.planning.config import PlanConfig
-from crosscoder_jax.planning.plan import SELECTION_PASSES, MeshPlan, Plan
+from crosscoder_jax.planning.plan import COPIES_WHERE_PUBLISHED, SELECTION_PASSES, MeshPlan, Plan
+from crosscoder_jax.training.adam import Adam
+from crosscoder_jax.training.muon import Muon
 
 PART_NAMES = {
     "dot_general": "products",
     "selection": "selection",
     "aux_k": "revival of dead latents",
-    "update": "Adam",
+    "update": "{optimizer}",
     "other": "the rest",
 }
 """What the parts of a step are called, in the order in which they are told."""
@@ -79,8 +81,9 @@ def step_table(plan: Plan) -> Table | None:
     if not compiled:
         return None
     columns = ("mesh", "TFLOP", "data MB", "latent MB", "XLA ms", "step ms", "tokens/s", "peak", "select")
+    by_cycles = " (step ms by its cycles, as XLA tells no time of some mesh)" if _is_by_cycles(plan) else ""
     return Table(
-        "One step, as the compiler estimates it: nothing here is a measurement",
+        f"One step, as the compiler estimates it{by_cycles}: nothing here is a measurement",
         (*columns, "MB/s"),
         tuple(_step_row(mesh) for mesh in compiled),
     )
@@ -92,9 +95,14 @@ LEGEND = (
     "optimal_seconds.  step ms: that and what it leaves out, further passes of float32 products, of the "
     f"selection's search ({SELECTION_PASSES}) and of other loops.  peak: FLOPs of the dense step, 10 x "
     "latents x width a token, of what the chips can do in bfloat16 in that time.  select: share of the "
-    "compiler's cycles.  MB/s: what the store must deliver to each host."
+    "compiler's cycles.  MB/s: what the store must deliver to the host that reads most, if train is given "
+    "--lanes with which each reads the rows of its chips alone."
 )
 """What the columns are."""
+
+
+def _is_by_cycles(plan: Plan) -> bool:
+    return any(mesh.estimate == "cycles" for mesh in plan.meshes)
 
 
 def _step_row(mesh: MeshPlan) -> tuple[str, ...]:
@@ -141,14 +149,12 @@ def closing_lines(plan: Plan) -> list[str]:
     """Return the cheapest split and what it asks for, or that none fits and what would help."""
     mesh = plan.cheapest
     if mesh is None:
-        return [
-            f"No mesh fits into {plan.memory_bytes / 2**30:,.0f} GiB a chip: take more chips, a smaller "
-            "--batch-size, or --dtype bfloat16"
-        ]
-    lines = [f"Cheapest mesh that fits: {mesh.data}x{mesh.latent}{_speed(mesh)}"]
+        there = f"{plan.memory_bytes / 2**30:,.0f} GiB a chip"
+        return [f"No mesh fits into {there}: {_remedies(plan.config)}"]
+    lines = [_choice(plan, mesh)]
     if mesh.cycle_shares:
         shares = (
-            f"{name} {mesh.cycle_shares[part]:.0%}"
+            f"{name.format(optimizer=_optimizer(plan.config))} {mesh.cycle_shares[part]:.0%}"
             for part, name in PART_NAMES.items()
             if mesh.cycle_shares.get(part, 0) >= 0.005
         )
@@ -158,10 +164,64 @@ def closing_lines(plan: Plan) -> list[str]:
     if mesh.seconds is None and plan.config.topology.chip is not None:
         lines.append(_at_peak(plan, mesh))
     if mesh.store_bytes_per_s is not None:
-        hosts = "the host" if mesh.hosts == 1 else f"each of {mesh.hosts} hosts"
-        lines.append(f"The store must deliver {_bytes(mesh.store_bytes_per_s)}/s to {hosts}")
+        lines.append(_reading(mesh, mesh.store_bytes_per_s))
     lines.append(f"A checkpoint takes {_bytes(plan.checkpoint_bytes)}")
+    lines.append(_publishing(plan, mesh))
     return lines
+
+
+def _choice(plan: Plan, mesh: MeshPlan) -> str:
+    if mesh.tokens_per_s is None or mesh.utilization is None:
+        says = "the one that takes the least memory, as nothing here estimates times"
+        return f"Cheapest mesh that fits: {mesh.data}x{mesh.latent}, {says}"
+    by_cycles = " by the compiler's cycles" if _is_by_cycles(plan) else ""
+    return (
+        f"Cheapest mesh that fits: {mesh.data}x{mesh.latent}, estimated {mesh.tokens_per_s:,.0f} tokens/s, "
+        f"{mesh.utilization:.0%} of peak{by_cycles}"
+    )
+
+
+def _optimizer(config: PlanConfig) -> str:
+    return "Muon" if isinstance(config.optimizer, Muon) else "Adam"
+
+
+def _remedies(config: PlanConfig) -> str:
+    """Return what would take less memory and is not asked for yet."""
+    options = {
+        "--micro-batches": config.micro_batches == 1,
+        "--is-rematerialized": not config.is_rematerialized and config.micro_batches == 1,
+        "--is-optimizer-spread": not config.is_optimizer_spread,
+        "--first-moment bfloat16": config.optimizer.first_moment == "full",
+        "--second-moment factored": isinstance(config.optimizer, Adam)
+        and config.optimizer.second_moment == "full",
+        "--pre-acts bfloat16": config.pre_acts == "full",
+        "--dtype bfloat16": config.dtype == "float32",
+    }
+    left = [option for option, is_left in options.items() if is_left]
+    first = "take more chips or a smaller --batch-size"
+    return f"{first}, or save memory with {', '.join(left)}" if left else first
+
+
+def _reading(mesh: MeshPlan, bytes_per_s: float) -> str:
+    """Return how fast hosts must read, and what makes each of them read no more than that."""
+    if mesh.hosts == 1:
+        return f"The store must deliver {_bytes(bytes_per_s)}/s to the host"
+    says = f"The store must deliver {_bytes(bytes_per_s)}/s to each of {mesh.hosts} hosts"
+    if mesh.lanes == 1:
+        return f"{says}, which all need every row"
+    whole = bytes_per_s * mesh.data / mesh.data_shards_per_host
+    return (
+        f"{says} if train is given --lanes {mesh.lanes} or a multiple; without, every host reads the whole "
+        f"store, at {_bytes(whole)}/s"
+    )
+
+
+def _publishing(plan: Plan, mesh: MeshPlan) -> str:
+    size, most = _bytes(plan.crosscoder_bytes), _bytes(COPIES_WHERE_PUBLISHED * plan.crosscoder_bytes)
+    if mesh.hosts == 1:
+        return f"To finish the host needs {most} of memory, {COPIES_WHERE_PUBLISHED} times the crosscoder"
+    says = f"To finish each of {mesh.hosts} hosts needs {size} of memory, the whole crosscoder"
+    return f"{says}, and the first one {most}"
 
 
 def _at_peak(plan: Plan, mesh: MeshPlan) -> str:
@@ -174,18 +234,14 @@ def _at_peak(plan: Plan, mesh: MeshPlan) -> str:
     )
 
 
-def _speed(mesh: MeshPlan) -> str:
-    if mesh.tokens_per_s is None or mesh.utilization is None:
-        return ""
-    return f", estimated {mesh.tokens_per_s:,.0f} tokens/s, {mesh.utilization:.0%} of peak"
-
-
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """Return all of a plan as plain data; bytes, seconds and shares without units."""
     return {
         "config": config_to_json(plan.config),
         "memory_bytes": plan.memory_bytes,
         "checkpoint_bytes": plan.checkpoint_bytes,
+        "crosscoder_bytes": plan.crosscoder_bytes,
+        "finishing_bytes": COPIES_WHERE_PUBLISHED * plan.crosscoder_bytes,
         "times_are": "estimates of compilers, not measurements",
         "cheapest": None if plan.cheapest is None else [plan.cheapest.data, plan.cheapest.latent],
         "meshes": [_mesh_to_json(mesh) for mesh in plan.meshes],

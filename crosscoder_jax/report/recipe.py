@@ -10,6 +10,7 @@ from crosscoder_jax.report.numbers import Figure, missing
 
 NOT_RECORDED = "not recorded in the run"
 NONE = "none"
+_MINUS = "\N{MINUS SIGN}"
 
 _TYPES = {
     "ReLU": "ReLU: every positive one",
@@ -115,6 +116,8 @@ def _value(field: _Field, method: Method) -> Figure:
         return Figure(NONE) if is_recorded(config, field.key) else missing(NOT_RECORDED)
     if field.key == "groups":
         return Figure("; ".join(_group(group) for group in value))
+    if field.key == "delta":
+        return Figure(f"{value['after']} {_MINUS} {value['before']}, weight {describe(value['weight'])}")
     return Figure(str(value) if field.key == "seed" else describe(value))
 
 
@@ -144,7 +147,7 @@ def _source(entry: Mapping[str, Any]) -> str:
 
 
 def _term(weight: float, name: str) -> str:
-    sign = "\N{MINUS SIGN}" if weight < 0 else "+"
+    sign = _MINUS if weight < 0 else "+"
     return f"{sign} {name}" if abs(weight) == 1 else f"{sign} {abs(weight):g} {name}"
 
 

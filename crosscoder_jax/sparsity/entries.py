@@ -58,9 +58,7 @@ def by_latent(entries: Entries, num_latents: int) -> ByLatent:
     order = jnp.argsort(jnp.where(is_entry, entries.latents, num_latents), stable=True).astype(jnp.int32)
     counts = jax.ops.segment_sum(is_entry.astype(jnp.int32), entries.latents, num_latents)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
-    return ByLatent(
-        jnp.where(is_entry, order, 0), jnp.where(is_entry, _rows(entries)[order], 0), starts
-    )
+    return ByLatent(jnp.where(is_entry, order, 0), jnp.where(is_entry, _rows(entries)[order], 0), starts)
 
 
 def decode(entries: Entries, w_dec: DecoderWeights) -> Acts:
@@ -84,9 +82,7 @@ def decoder_gradient(values: EntryFloats, order: ByLatent, grad: Acts) -> Decode
         grad: gradient of what they decode to.
     """
     num_latents = len(order.starts) - 1
-    return jax.ops.segment_sum(
-        values[order.order][:, None] * grad[order.rows], _latents(order), num_latents
-    )
+    return jax.ops.segment_sum(values[order.order][:, None] * grad[order.rows], _latents(order), num_latents)
 
 
 def encoder_gradient(

@@ -111,12 +111,7 @@ class TrainConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
         self._check_micro_batches()
-        k = getattr(self.crosscoder.sparsity, "k", None) if self.l0 is None else self.l0.target
-        if k is not None and k > self.crosscoder.num_latents:
-            raise ValueError(
-                f"k={k} active latents per token are more than num_latents={self.crosscoder.num_latents}: "
-                "take fewer, or a larger dictionary"
-            )
+        self._check_budgets()
         if isinstance(self.crosscoder.sparsity, JumpReLU) != (self.l0 is not None):
             raise ValueError(
                 f"sparsity={self.crosscoder.sparsity} and l0={self.l0} do not go together: JumpReLU is made "
@@ -161,6 +156,26 @@ class TrainConfig:
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive; None does not clip")
+
+    def _check_budgets(self) -> None:
+        """Refuse a k of more latents than are ranked for it."""
+        layout, num_latents = self.crosscoder.layout, self.crosscoder.num_latents
+        common, those = num_latents, f"num_latents={num_latents}"
+        for group, size in zip(layout.groups, layout.sizes, strict=True):
+            if group.k is not None and group.k > size:
+                raise ValueError(
+                    f"k={group.k} of group {group.name!r} is more than its {size} latents: "
+                    "take fewer, or a larger share"
+                )
+            if group.k is not None:
+                common -= size
+                those = f"the {common} latents of num_latents={num_latents} that no group ranks apart"
+        k = getattr(self.crosscoder.sparsity, "k", None) if self.l0 is None else self.l0.target
+        # Where every latent has a k of its group, that of the sparsity plays no part.
+        if k is not None and k > common > 0:
+            raise ValueError(
+                f"k={k} active latents per token are more than {those}: take fewer, or a larger dictionary"
+            )
 
     def _check_micro_batches(self) -> None:
         if self.micro_batches < 1 or self.batch_size % self.micro_batches:

@@ -15,7 +15,7 @@ from crosscoder_jax.crosscoder import Crosscoder
 from crosscoder_jax.metrics import explained_variance, frequency_metrics, named_thresholds
 from crosscoder_jax.sharding import check_divisible, place, to_host
 from crosscoder_jax.sources import Sources
-from crosscoder_jax.sparsity import BatchTopK, ranking_scores
+from crosscoder_jax.sparsity import BatchTopK, TopK, ranking_scores
 from crosscoder_jax.training.step import EvalBatch, eval_step
 from crosscoder_jax.typing import Acts, Latents, Progress
 
@@ -95,13 +95,15 @@ def calibrate(
 
     Raises:
         StoreError: if a file of the store is damaged.
-        ValueError: if the crosscoder has no k, or too few of its scores are positive to reach it; as
-            :func:`evaluate` for the store and the batch size.
+        ValueError: if the crosscoder has no threshold to calibrate, or too few of its scores are positive
+            to reach its k; as :func:`evaluate` for the store and the batch size.
     """
     sparsity = crosscoder.config.sparsity
     if not isinstance(sparsity, BatchTopK):
+        is_counted = isinstance(sparsity, TopK)
+        reason = "it keeps k of every token" if is_counted else "its penalty has trained what is active"
         raise ValueError(
-            f"sparsity={sparsity} has no k to calibrate for: a ReLU code needs no threshold, its is 0"
+            f"sparsity={sparsity} has no threshold to calibrate: {reason}; evaluate the crosscoder as it is"
         )
     threshold = crosscoder.threshold[...]
     search = _Search(crosscoder, view, batch_size, progress, num_cuts=threshold.size)
@@ -173,7 +175,7 @@ class _Search:
         for batch in sequential_batches(self.view, self.batch_size):
             acts, is_valid = _placed(batch, self.crosscoder, self.view.store.sources)
             scores = _scores(self.crosscoder, acts, is_valid, jnp.int32(index))
-            counts += np.asarray(_counts_above(scores, jnp.asarray(cuts)), np.int64)
+            counts += _from_digits(np.asarray(_counts_above(scores, jnp.asarray(cuts))), len(scores))
             done += int(batch.is_valid.sum())
             self.tell(done_passes, done)
         return counts
@@ -192,5 +194,24 @@ def _scores(
 
 
 @jax.jit
-def _counts_above(scores: Latents, cuts: Float[Array, "cuts"]) -> Array:
-    return jax.lax.map(lambda cut: jnp.sum(scores > cut, dtype=jnp.int32), cuts)
+def _counts_above(scores: Latents, cuts: Float[Array, "cuts"]) -> Int[Array, "cuts digit"]:
+    """Count the scores above each cut, which may be more than an int32 holds; no row has so many."""
+    return jax.lax.map(lambda cut: _sum_of_digits(jnp.sum(scores > cut, axis=1, dtype=jnp.int32)), cuts)
+
+
+def _sum_of_digits(numbers: Int[Array, "number"]) -> Int[Array, "digit"]:
+    """Return the sum of non-negative int32s as sums of their digits, none of which overflows."""
+    bits = _digit_bits(numbers.size)
+    digits = [(numbers >> shift) & ((1 << bits) - 1) for shift in range(0, 31, bits)]
+    return jnp.stack([jnp.sum(digit, dtype=jnp.int32) for digit in digits])
+
+
+def _from_digits(sums: Int[np.ndarray, "sums digit"], summed: int) -> Int[np.ndarray, "sums"]:
+    """Return sums of so many numbers each from the sums of their digits."""
+    shifts = _digit_bits(summed) * np.arange(sums.shape[-1], dtype=np.int64)
+    return np.sum(sums.astype(np.int64) << shifts, axis=-1)
+
+
+def _digit_bits(summed: int) -> int:
+    """Return the bits that digits have whose sum over so many numbers stays below 2**31."""
+    return 31 - summed.bit_length()

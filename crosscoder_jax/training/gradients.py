@@ -202,5 +202,3 @@ def _reconstruction_loss(
     if config.matryoshka is None:
         return config.loss(normalized - recon, config.crosscoder.sources)
     return config.matryoshka(crosscoder, normalized, code, recon, config.loss)
-
-

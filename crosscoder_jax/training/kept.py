@@ -39,7 +39,11 @@ def gradients_of_kept(
         config: a recipe whose codes :func:`can_be_listed`.
     """
     crosscoder = nnx.merge(state.graphdef, state.params, state.fixed)
-    shardings, sparsity, weights = crosscoder.shardings, config.crosscoder.sparsity, crosscoder.score_weights()
+    shardings, sparsity, weights = (
+        crosscoder.shardings,
+        config.crosscoder.sparsity,
+        crosscoder.score_weights(),
+    )
     assert isinstance(sparsity, BatchTopK)
     pre_acts = encode(crosscoder, normalized, config)
     with jax.named_scope("selection"):
@@ -60,7 +64,9 @@ def gradients_of_kept(
         grads[name][...] = grad
     since_fired = count_silence(state.tokens_since_fired, decoded.fired, len(normalized))
     if config.aux_k is not None:
-        parts["loss/aux_k"], grads = _with_dead(state, normalized, pre_acts, recon, since_fired, grads, config)
+        parts["loss/aux_k"], grads = _with_dead(
+            state, normalized, pre_acts, recon, since_fired, grads, config
+        )
         loss = loss + parts["loss/aux_k"]
     sums = reconstruction_sums(normalized, recon, config.crosscoder.sources)
     l0 = decoded.num_kept.astype(jnp.float32) / len(normalized)
@@ -90,7 +96,8 @@ def _with_dead(
 ) -> tuple[Scalar, nnx.State]:
     """Return the loss of the dead latents and the gradient with theirs; nothing is computed without any."""
     aux_k, is_dead = config.aux_k, dead_latents(since_fired, config)
-    assert aux_k is not None and is_dead is not None
+    assert aux_k is not None
+    assert is_dead is not None
     residual = normalized - recon
 
     def loss_of(params: nnx.State, pre_acts: Latents) -> Scalar:

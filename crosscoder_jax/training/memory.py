@@ -1,23 +1,24 @@
 """How many crosscoders are trained together: as many as memory holds."""
 
+import functools
 import os
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from crosscoder_jax.training.config import TrainConfig
+from crosscoder_jax.training.state import init_state
 
 _SHARE_OF_STATES = 0.5
 """Of a device's memory: the rest is for the batch, its codes and the gradients."""
 
 
 def state_bytes(config: TrainConfig) -> int:
-    """Return the size of a training state: weights and both moments of Adam."""
-    width, num_latents = config.crosscoder.sources.width, config.crosscoder.num_latents
-    itemsize = jnp.dtype(config.crosscoder.param_dtype).itemsize
-    return 3 * itemsize * (num_latents * (2 * width + 1) + width)
+    """Return the size of a training state: weights, and moments as the recipe's optimiser keeps them."""
+    state = jax.eval_shape(functools.partial(init_state, config))
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def runs_at_once(configs: Sequence[TrainConfig], mesh: Mesh | None = None) -> int:

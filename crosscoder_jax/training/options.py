@@ -28,7 +28,7 @@ class RunOptions:
     """Steps between checkpoints; the last step is always saved."""
     step_timeout: float | None = None
     """Seconds without a step done, the compilation included, after which the process prints where each of its
-    threads stands and ends with 1; ``None`` waits for ever."""
+    threads stands and ends with 76; ``None`` waits for ever."""
     is_optimizer_spread: bool = False
     """Spread the optimiser's moments over the mesh axis ``data``, too: they take less memory for each shard
     of the data, and a step gathers the updates; needs a width of all sources that the shards divide."""

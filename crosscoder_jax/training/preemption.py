@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+PREEMPTED = 75
+"""The exit code of a command that was told to end and saved: what sysexits.h calls EX_TEMPFAIL, try again."""
+
 
 class PreemptedError(RuntimeError):
     """The process was told to end and has saved where it is; the same call goes on from there."""

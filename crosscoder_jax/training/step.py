@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from crosscoder_jax.objectives import AuxK
 from crosscoder_jax.training.config import TrainConfig
 from crosscoder_jax.training.gradients import Forward, gradients
 from crosscoder_jax.training.laws import RunningMean
-from crosscoder_jax.training.muon import Muon
 from crosscoder_jax.training.optimizer import (
     add_updates,
     as_moments,
@@ -68,13 +67,15 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
     normalized = nnx.merge(state.graphdef, state.params, state.fixed).normalize(acts)
 
     loss, forward, grads = gradients(state, normalized, config)
-    grads = as_moments(_constrained(state, grads, config.frozen), state.opt_state)
-    grads = jax.tree.map(_row_major, grads)
+    held = _held_weights(state, config)
+    nothing = jax.tree.map(jnp.zeros_like, grads)
+    # What may not move shall have no part in moments and in the norm that is clipped either.
+    grads = _put_back(held, _projected(grads, state), nothing)
+    grads = jax.tree.map(_row_major, as_moments(grads, state.opt_state))
     with jax.named_scope("update"):
         updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-        if isinstance(config.optimizer, Muon):  # it moves a weight without a gradient, too
-            updates = _constrained(state, cast(nnx.State, updates), config.frozen)
-        params = _with_tied_norms(add_updates(state.params, updates), state)
+        moved = _projected(add_updates(state.params, updates), state)
+        params = _put_back(held, _with_tied_norms(moved, state), state.params)
     next_state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -91,29 +92,42 @@ def train_step(state: TrainState, acts: Acts, *, config: TrainConfig) -> tuple[T
     return next_state, _train_metrics(next_state, config, acts, loss, forward, grads)
 
 
-def _constrained(state: TrainState, grads: nnx.State, frozen: Sequence[str]) -> nnx.State:
-    """Return the part of a gradient along which groups, a warm start and the recipe let the weights move.
+def _projected(values: nnx.State, state: TrainState) -> nnx.State:
+    """Return weights, or their gradient, as the groups allow them.
 
-    Adam moves nothing whose gradient was always zero.
+    A gradient alone is not enough: an optimiser that weighs coordinates by others than themselves, as Muon
+    and a factored second moment do, makes updates that leave the groups.
     """
-    crosscoder = nnx.merge(state.graphdef, grads, state.fixed)
+    crosscoder = nnx.merge(state.graphdef, values, state.fixed)
     crosscoder.constrain()
-    for name in frozen:
-        variable = getattr(crosscoder, name)
-        variable[...] = jnp.zeros_like(variable[...])
+    return nnx.state(crosscoder, nnx.Param)
+
+
+def _held_weights(state: TrainState, config: TrainConfig) -> dict[str, Array | bool]:
+    """Return by name where weights do not move, for a frozen warm start or because the recipe says so."""
+    masks: dict[str, Array | bool] = {}
     if state.held is not None:
         latents, width = state.held
-        masks = {
+        masks = dict.fromkeys(config.crosscoder.rule_parameters, latents)
+        masks |= {
             "w_enc": width[:, None] & latents,
             "b_enc": latents,
             "w_dec": latents[:, None] & width,
             "b_dec": width,
         }
-        masks |= dict.fromkeys(crosscoder.config.rule_parameters, latents)
-        for name, mask in masks.items():
-            variable = getattr(crosscoder, name)
-            variable[...] = jnp.where(mask, jnp.zeros_like(variable[...]), variable[...])
-    return nnx.state(crosscoder, nnx.Param)
+    return masks | dict.fromkeys(config.frozen, True)
+
+
+def _put_back(held: Mapping[str, Array | bool], values: nnx.State, kept: nnx.State) -> nnx.State:
+    """Return values of parameters, or of their gradients, with those kept wherever one is held.
+
+    The very bits: what an optimiser, or a group's tie, does to a held weight is undone and not prevented.
+    """
+    mixed: Any = jax.tree.map(lambda leaf: leaf, values)
+    for name, mask in held.items():
+        value, before = mixed[name].get_value(), cast(Any, kept)[name].get_value()
+        mixed[name] = mixed[name].replace(jnp.where(mask, before, value))
+    return mixed
 
 
 def _row_major(grad: Array) -> Array:

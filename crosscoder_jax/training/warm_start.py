@@ -1,6 +1,7 @@
 """Begin a run with the latents of a saved crosscoder: of more sources, of more latents, held or free."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import nnx
 from jaxtyping import Bool, Int
 
 from crosscoder_jax.crosscoder import CrosscoderConfig
-from crosscoder_jax.groups import Layout
+from crosscoder_jax.groups import LatentGroup, Layout
 from crosscoder_jax.publishing import Published
 from crosscoder_jax.sharding import place
 from crosscoder_jax.training.laws import WarmStart
@@ -21,7 +22,8 @@ def begin_with(state: TrainState, saved: Published, start: WarmStart) -> TrainSt
 
     Saved latents keep their order within their group, new ones follow them as they were drawn. A source that
     the saved crosscoder does not have is neither read nor written by saved latents at first. Sources that it
-    has keep its normaliser and its decoder bias, in the units of which its weights are.
+    has keep its normaliser and its decoder bias, in the units of which its weights are. No saved weight is
+    changed: groups under which one would have to be are refused.
 
     Args:
         state: from :func:`init_state`; not changed.
@@ -30,12 +32,13 @@ def begin_with(state: TrainState, saved: Published, start: WarmStart) -> TrainSt
 
     Raises:
         ValueError: naming a source, a group or a number of latents of the saved crosscoder that has no place
-            in the run's.
+            in the run's, or a group that would change saved weights.
     """
     crosscoder = nnx.merge(state.graphdef, state.params, state.fixed, copy=True)
     config, shardings = crosscoder.config, crosscoder.shardings
     columns = _columns(saved.config, config, start)
     latents = _latents(saved.config.layout, config.layout)
+    _check_groups(saved.config, config, start)
     given = saved.tensors
     is_saved_width = _marked(columns, config.sources.width)
     is_saved_latent = place(_marked(latents, config.num_latents), shardings.per_latent_l)
@@ -58,7 +61,6 @@ def begin_with(state: TrainState, saved: Published, start: WarmStart) -> TrainSt
     for name, places in {"b_dec": columns, "mean": columns, "scale": np.array(entries)}.items():
         variable = getattr(crosscoder, name)
         variable[...] = variable[...].at[places].set(given[name])
-    crosscoder.constrain()
     _, params, fixed = nnx.split(crosscoder, nnx.Param, ...)
     held = Held(is_saved_latent, place(is_saved_width, shardings.replicated)) if start.is_frozen else None
     return dataclasses.replace(state, params=params, fixed=fixed, held=held)
@@ -112,6 +114,46 @@ def _latents(saved: Layout, layout: Layout) -> Int[np.ndarray, "_"]:
             )
         found[needed] = there[: len(needed)]
     return found
+
+
+def _check_groups(saved: CrosscoderConfig, config: CrosscoderConfig, start: WarmStart) -> None:
+    """Refuse a group of the run under which saved weights cannot stay as they are."""
+    here = dict(zip(saved.sources.names, saved_names(saved, start), strict=True))
+    theirs = {group.name: group for group in saved.groups}
+    for group in config.groups:
+        if group.name in theirs:
+            _check_sources(group, theirs[group.name], here, config.sources.names)
+            _check_tie(group, theirs[group.name], here, config.sources.names)
+
+
+def _check_sources(group: LatentGroup, old: LatentGroup, here: dict[str, str], names: Sequence[str]) -> None:
+    for field in ("reads", "writes"):
+        had = tuple(here[name] for name in getattr(old, field) or here)
+        has = getattr(group, field) or names
+        if not set(had) <= set(has):
+            raise ValueError(
+                f"group {group.name!r} {field} {tuple(has)}, but in the saved crosscoder it {field} {had}: "
+                f"weights would be lost. Give it {field}={had}, or more"
+            )
+
+
+def _check_tie(group: LatentGroup, old: LatentGroup, here: dict[str, str], names: Sequence[str]) -> None:
+    had = tuple(here[name] for name in old.writes or here)
+    has = group.writes or names
+    tie = "is_tied" if group.is_tied else "is_norm_tied"
+    if not (group.is_tied or group.is_norm_tied) or len(has) == 1:
+        return
+    if set(had) != set(has):
+        raise ValueError(
+            f"group {group.name!r} has {tie}=True and writes {tuple(has)}, but in the saved crosscoder it "
+            f"writes {had}: saved decoders would be averaged with zeros. Restrict it to writes={had}, or set "
+            f"{tie}=False"
+        )
+    if not (old.is_tied or (group.is_norm_tied and old.is_norm_tied)):
+        raise ValueError(
+            f"group {group.name!r} has {tie}=True and had not in the saved crosscoder, whose decoders it "
+            f"would change: set {tie}=False"
+        )
 
 
 def _marked(places: Int[np.ndarray, "_"], size: int) -> Bool[np.ndarray, "_"]:

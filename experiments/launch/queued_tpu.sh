@@ -6,8 +6,8 @@
 #
 # once `gcloud compute tpus queued-resources create "$NAME" --node-id "$NAME" --zone "$ZONE" ...` is ACTIVE,
 # crosscoder-jax[tpu] is installed on its hosts and /data, which all of them see, is mounted. It is given again
-# until the run is finished, for as long as the resource is there: when it was preempted, queue it anew and run
-# this again.
+# until the run is finished, whether a step was stuck (76) or a host failed, for as long as the resource is there:
+# when it was preempted, queue it anew and run this again.
 set -u
 
 : "${NAME:?set NAME to the name of the queued resource}"

@@ -5,7 +5,8 @@
 #       --store /data/store --output /data/run --data-shards 16 --latent-shards 4 --lanes 16
 #
 # The words after the file are those of `crosscoder-jax train`. Store and output lie on storage that was
-# attached to the cluster (xpk storage attach).
+# attached to the cluster (xpk storage attach). A host that is preempted (75), stuck (76) or fails ends the run on
+# all within half a minute, and the JobSet starts all again.
 set -eu
 
 : "${CLUSTER:?set CLUSTER to the name of your xpk cluster}"

@@ -1,21 +1,28 @@
 """One pair from harvest to report: ``python -m experiments.minder2025 --pair gemma-2-2b --on h200``."""
 
 import dataclasses
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from crosscoder_jax import cli
-from crosscoder_jax.commands import Calibrate, Diff, Evaluate, Report
+from crosscoder_jax.activations import ActivationStore
+from crosscoder_jax.commands import Calibrate, Diff, Evaluate, Processes, Report
 from crosscoder_jax.report import ReportConfig
+from crosscoder_jax.sharding import from_first
+from crosscoder_jax.training.preemption import PREEMPTED, PreemptedError
 from experiments.minder2025.pairs import HARDWARE, PAIRS, harvest_command, train_command
 from experiments.minder2025.smoke import small_harvest, small_pair, small_train
 
 
 @dataclasses.dataclass(frozen=True)
-class Minder2025:
-    """Harvest, train, calibrate, evaluate, diff and report one pair of the paper; what is done is kept."""
+class Minder2025(Processes):
+    """Harvest, train, calibrate, evaluate, diff and report one pair of the paper; what is done is kept.
+
+    Several processes (--distributed, given on every host) begin with what was harvested before.
+    """
 
     pair: Literal["gemma-2-2b", "llama-3.2-1b", "llama-3.1-8b"] = "gemma-2-2b"
     """The models."""
@@ -30,8 +37,12 @@ class Minder2025:
 
 
 def main() -> None:
-    """Parse the options and run."""
-    run(tyro.cli(Minder2025))
+    """Parse the options and run; exit with 75 when told to end while training, which is saved."""
+    try:
+        run(tyro.cli(Minder2025))
+    except PreemptedError as told:
+        print(f"{told}: give the same command again", file=sys.stderr)
+        sys.exit(PREEMPTED)
 
 
 def run(config: Minder2025) -> Path:
@@ -44,17 +55,32 @@ def run(config: Minder2025) -> Path:
     if config.smoke:
         harvest, train = small_harvest(harvest, config.output / "smoke" / "texts"), small_train(train)
     report = folder / "report.html"
-    cli.harvest(harvest)
+    processes = _processes(config)
+    if config.is_distributed:
+        ActivationStore.open(harvest.store)  # or else it says what is missing
+    else:
+        cli.harvest(harvest)
     if config.until == "harvest":
         return report
-    cli.train(train)
+    cli.train(dataclasses.replace(train, **processes))
     if config.until == "train":
         return report
-    cli.calibrate(Calibrate(train.output))
-    cli.evaluate(Evaluate(train.output))
-    cli.diff(Diff(train.output))
-    cli.report(Report(ReportConfig((train.output,)), report))
+    shards = {"data_shards": train.data_shards, "latent_shards": train.latent_shards}
+    cli.calibrate(Calibrate(train.output, **shards, **processes))
+    cli.evaluate(Evaluate(train.output, **shards, **processes))
+    cli.diff(Diff(train.output, **shards, **processes))
+    from_first(lambda: _write_report(train.output, report))
     return report
+
+
+def _processes(config: Processes) -> dict[str, Any]:
+    """Return the options of every command that say in which processes it runs."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Processes)}
+
+
+def _write_report(run_folder: Path, report: Path) -> bytes:
+    cli.report(Report(ReportConfig((run_folder,)), report))
+    return b""
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ COLUMNS = (
     "top ten",
     "delta_norm",
     "confirmed",
+    "by design",
     "of these right",
     "FVE",
     "dead",
@@ -131,7 +132,7 @@ def organism_rows(config: Narrow) -> list[Row]:
 
 def cells(found: Sequence[Found]) -> Row:
     """Return what was found, over seeds, in the order of the columns."""
-    fields = ("best", "top", "delta_norm", "confirmed", "precision", "fve", "dead")
+    fields = ("best", "top", "delta_norm", "confirmed", "designed", "precision", "fve", "dead")
     return tuple(interval([getattr(one, field) for one in found]) for field in fields)
 
 

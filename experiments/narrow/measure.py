@@ -31,9 +31,12 @@ class Found(NamedTuple):
     delta_norm: float
     """Of the best latents, in raw space; NaN for a difference SAE."""
     confirmed: float
-    """Number of chat-only latents that the report would show as confirmed; NaN for a difference SAE."""
+    """Number of chat-only latents that the report counts as confirmed; NaN for a difference SAE."""
+    designed: float
+    """Number of confirmed latents that the report lists and does not count, as they may write to one model
+    only; NaN for a difference SAE."""
     precision: float
-    """Share of them with more than half of their activation on changed tokens; NaN if there are none."""
+    """Share of both with more than half of their activation on changed tokens; NaN if there are none."""
 
 
 def measure(
@@ -66,19 +69,31 @@ def measure(
         best=_mean(precision.max(axis=1)) if features.size else np.nan,
         top=float(average_precisions(union[:, None], is_changed)[0]) if features.size else np.nan,
         delta_norm=_mean(_delta_norms(crosscoder, sources)[best]),
-        confirmed=np.nan if confirmed is None else len(confirmed),
-        precision=np.nan if confirmed is None else _mean(_share_of(host[:, confirmed], is_changed) > 0.5),
+        confirmed=np.nan if confirmed is None else int(np.sum(~confirmed.is_designed)),
+        designed=np.nan if confirmed is None else int(np.sum(confirmed.is_designed)),
+        precision=np.nan
+        if confirmed is None
+        else _mean(_share_of(host[:, confirmed.latents], is_changed) > 0.5),
     )
     return found, chosen
 
 
-def _confirmed(crosscoder: Crosscoder, view: TokenView) -> Int[np.ndarray, "confirmed"] | None:
-    """Return the chat-only latents that the report would confirm; ``None`` if it compares no models."""
+class _Confirmed(NamedTuple):
+    """The chat-only latents that the report would confirm."""
+
+    latents: Int[np.ndarray, "confirmed"]
+    is_designed: Bool[np.ndarray, "confirmed"]
+
+
+def _confirmed(crosscoder: Crosscoder, view: TokenView) -> _Confirmed | None:
+    """Return the latents that the report would confirm; ``None`` if it compares no models."""
     columns = diff_run(crosscoder, view, DiffConfig(num_snippet_latents=0)).columns
     if "verdict" not in columns:
         return None
     is_chat_only = columns["latent_class"].astype(str) == "chat-only"
-    return np.flatnonzero(is_chat_only & (columns["verdict"].astype(str) == str(Verdict.CONFIRMED)))
+    latents = np.flatnonzero(is_chat_only & (columns["verdict"].astype(str) == str(Verdict.CONFIRMED)))
+    is_designed = columns.get("by_design", np.zeros(len(is_chat_only), bool))
+    return _Confirmed(latents, np.asarray(is_designed, bool)[latents])
 
 
 def _share_of(
@@ -92,11 +107,13 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _fve_of_both(crosscoder: Crosscoder, sources: cc.Sources, stored: Acts, recon: Acts) -> float:
-    if not comparison(crosscoder, sources).is_pair:
+    space = comparison(crosscoder, sources)
+    if not space.is_pair:
         return float("nan")
-    parts = crosscoder.config.sources.to_stored_acts(recon, stored, sources)
-    carried = jnp.concatenate([parts[name] for name in sources.names], axis=1)
-    return float(explained_variance(reconstruction_sums(stored, carried, sources), sources)["fve"])
+    both, parts = space.sources, crosscoder.config.sources.to_stored_acts(recon, stored, sources)
+    carried = jnp.concatenate([parts[name] for name in both.names], axis=1)
+    sums = reconstruction_sums(both.derive(stored, sources), carried, both)
+    return float(explained_variance(sums, both)["fve"])
 
 
 def change_norms(crosscoder: Crosscoder, sources: cc.Sources) -> Float[np.ndarray, "latent"]:

@@ -35,7 +35,8 @@ def _delta_basis(config: TrainConfig) -> TrainConfig:
 
 
 def _delta_loss(config: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(config, delta=cc.DeltaLoss(10.0))
+    base, chat = config.crosscoder.sources.names
+    return dataclasses.replace(config, delta=cc.DeltaLoss(10.0, base, chat))
 
 
 def _dedicated(config: TrainConfig) -> TrainConfig:
@@ -54,12 +55,14 @@ def _dedicated_delta(config: TrainConfig) -> TrainConfig:
 
 
 def _parted_delta(config: TrainConfig) -> TrainConfig:
-    """Return the delta basis in two halves: the difference alone, with a k of its own, and what is shared."""
+    """Return the delta basis in two halves: the difference alone, with a part of k, and what is shared."""
     basis = _delta_basis(config)
     (shared, change), sparsity = basis.crosscoder.sources.names, config.crosscoder.sparsity
     assert isinstance(sparsity, cc.BatchTopK)
-    own = cc.LatentGroup("change", 0.5, reads=(change,), writes=(change,), k=DIFFERENCE_SHARE * sparsity.k)
-    return _with(basis, groups=(own, cc.LatentGroup("shared", 0.5, writes=(shared,))))
+    own_k = DIFFERENCE_SHARE * sparsity.k
+    own = cc.LatentGroup("change", 0.5, reads=(change,), writes=(change,), k=own_k)
+    groups = own, cc.LatentGroup("shared", 0.5, writes=(shared,))
+    return _with(basis, groups=groups, sparsity=sparsity.with_k(sparsity.k - own_k))
 
 
 def _with(config: TrainConfig, **changes: object) -> TrainConfig:

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from crosscoder_jax.planning import MeshPlan, Plan, make_plan
-from experiments.plans import levers
+from experiments.plans import aims, levers
 from experiments.plans.sizes import SIZES, Size
 from experiments.readme import markdown_table, replace_section
 
+Line = tuple[str, ...]
 README = Path(__file__).parent / "README.md"
 COLUMNS = (
     *("chips", "latents", "batch", "mesh", "state GiB", "temporaries GiB", "of GiB", "XLA ms", "step ms"),
@@ -51,21 +52,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.plans", description=__doc__)
     parser.add_argument("--update-readme", action="store_true")
     is_updating = parser.parse_args().update_readme
+    sections: dict[str, tuple[Line, list[Line]]] = {}
     for section, is_reviving in (("without-aux-k", False), ("with-aux-k", True)):
-        rows = []
+        lines, met = [], []
         for size in SIZES:
-            config = size.config(is_reviving=is_reviving)
-            rows.append(row(size, make_plan(config)))
-            print(section, *rows[-1], sep="  ", flush=True)
-        table = markdown_table(COLUMNS, rows)
-        if is_updating:
-            replace_section(README, section, table)
-    rows = []
-    for line in levers.rows():
-        print("levers", *line, sep="  ", flush=True)
-        rows.append(line)
+            plan = make_plan(size.config(is_reviving=is_reviving))
+            lines.append(_told(section, row(size, plan)))
+            met.append(aims.row(size, plan))
+        sections[section] = COLUMNS, lines
+        if not is_reviving:
+            sections["aims"] = aims.COLUMNS, [_told("aims", line) for line in met]
+    sections["levers"] = levers.COLUMNS, [_told("levers", line) for line in levers.rows()]
     if is_updating:
-        replace_section(README, "levers", markdown_table(levers.COLUMNS, rows))
+        for section, (columns, lines) in sections.items():
+            replace_section(README, section, markdown_table(columns, lines))
+
+
+def _told(section: str, line: Line) -> Line:
+    print(section, *line, sep="  ", flush=True)
+    return line
 
 
 if __name__ == "__main__":

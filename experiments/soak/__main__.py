@@ -30,13 +30,15 @@ def main() -> None:
 def described(outcome: Outcome) -> tuple[str, ...]:
     """Return the row of a round."""
     ended = (str(number) for number in outcome.kills.values())
-    tokens = "each equally often" if outcome.is_covered else "NOT EVEN"
+    tokens = "each once an epoch" if outcome.is_covered else "NOT EVEN"
     return str(outcome.starts), *ended, str(len(set(outcome.meshes))), tokens, f"{outcome.difference:.1e}"
 
 
 def holds(outcome: Outcome, config: Soak) -> bool:
-    """Tell whether a round ended as it must: the weights, the tokens and the log of the uninterrupted run."""
-    return outcome.is_covered and outcome.is_logged and outcome.difference <= config.tolerance
+    """Tell whether a round was killed as often as asked, and ended as the run that was not."""
+    is_killed = sum(outcome.kills.values()) == config.kills
+    is_the_run = outcome.is_covered and outcome.is_logged and outcome.difference <= config.tolerance
+    return is_killed and is_the_run
 
 
 if __name__ == "__main__":

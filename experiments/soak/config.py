@@ -46,6 +46,10 @@ class Soak:
 
 
 BATCH_SIZE, LANES, WIDTHS = 24, 4, (6, 5)
+SECONDS_A_STEP = 0.05
+"""At least, so that a kill finds the run about where it was to be killed."""
+LAST_STEPS = 40
+"""At which nothing is killed: JAX looks for a SIGTERM once a second, and the run must not be over by then."""
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
 PROCESSES = (2, 1)
 """Processes of a start; two are as likely as one is not."""

@@ -16,10 +16,13 @@ import numpy as np
 from crosscoder_jax.activations import ActivationStore, StoredSource, StoreWriter
 from crosscoder_jax.activations.view import TokenView
 from crosscoder_jax.publishing import load, tensors_of
+from crosscoder_jax.training.preemption import PREEMPTED
 from crosscoder_jax.training.tracking import read_metrics
 from experiments.soak.config import (
     BATCH_SIZE,
     DEVICES,
+    LANES,
+    LAST_STEPS,
     MESHES,
     PROCESSES,
     SPLIT,
@@ -27,7 +30,6 @@ from experiments.soak.config import (
     num_steps,
     sources,
 )
-from experiments.soak.worker import PREEMPTED
 
 _LONGEST_WAIT = 300.0
 """Seconds in which a run must have taken its next step, or ended."""
@@ -43,13 +45,13 @@ class Outcome:
     starts: int
     """Times that processes were started."""
     kills: dict[str, int]
-    """How often the run was ended in which way."""
+    """How often the run was ended in which way; what came after its end is not among them."""
     meshes: tuple[str, ...]
     """On which it was trained, in order."""
     difference: float
     """Largest of any weight from the run that was not killed."""
     is_covered: bool
-    """Whether the batches of all steps together hold each training token equally often."""
+    """Whether the batches of every epoch hold each training token once."""
     is_logged: bool
     """Whether the metrics have each step once."""
 
@@ -87,17 +89,22 @@ def play_round(config: Soak, number: int) -> Outcome:
     store = write_store(folder / "store", config.num_tokens)
     view = TokenView.of_split(store, SPLIT, held_out=False)
     steps = num_steps(config, view.num_tokens)
-    if config.kills >= steps:
-        raise ValueError(f"kills={config.kills} must be fewer than the {steps} steps: take more epochs")
+    last = steps - LAST_STEPS
+    if config.kills > last:
+        raise ValueError(
+            f"kills={config.kills} do not fit into {steps} steps, at the last {LAST_STEPS} of which nothing "
+            "is killed: take more epochs"
+        )
     rng = np.random.default_rng([config.seed, number])
     kills: dict[str, int] = dict.fromkeys(_ENDS, 0)
     meshes = []
-    for at in np.sort(rng.choice(np.arange(1, steps), config.kills, replace=False)).tolist():
+    for at in np.sort(1 + rng.choice(last, config.kills, replace=False)).tolist():
         mesh, count = MESHES[rng.integers(len(MESHES))], int(rng.choice(PROCESSES))
         meshes.append(f"{mesh[0]}x{mesh[1]} in {count}")
         with _Processes(folder, "killed", steps, mesh, count) as processes:
-            if processes.wait_for_step(at):
-                kills[processes.end(_ENDS[rng.integers(len(_ENDS))], int(rng.integers(count)))] += 1
+            way, index = _ENDS[rng.integers(len(_ENDS))], int(rng.integers(count))
+            if processes.wait_for_step(at) and processes.end(way, index):
+                kills[way] += 1
     for name in ("killed", "whole"):
         with _Processes(folder, name, steps, MESHES[1], count=2) as processes:
             processes.wait_until_done()
@@ -163,8 +170,12 @@ class _Processes:
         rows = read_metrics(path)
         return rows[-1]["step"] if rows else 0
 
-    def end(self, way: str, index: int) -> str:
-        """End the run in one of the ways, by the process with this index, and wait for all."""
+    def end(self, way: str, index: int) -> bool:
+        """End the run in one of the ways, by the process with this index, and wait for all.
+
+        Returns:
+            Whether that is what ended the process, or else it was done before.
+        """
         if way == "all killed":
             for process in self._processes:
                 process.kill()
@@ -174,7 +185,7 @@ class _Processes:
         codes = [process.wait(_LONGEST_END) for process in self._processes]
         if way == "told to end":
             self._require(codes, {PREEMPTED, 0})  # 0 if it was told at the last step
-        return way
+        return codes[index] == (PREEMPTED if way == "told to end" else -signal.SIGKILL)
 
     def wait_until_done(self) -> None:
         """Wait for the end of the run."""
@@ -199,7 +210,7 @@ def _difference(ours: Path, theirs: Path) -> float:
 
 
 def _is_covered(folder: Path, view: TokenView, steps: int) -> bool:
-    """Tell whether what was noted is a whole batch for each step, and each token equally often in all."""
+    """Tell whether what was noted is a whole batch for each step, and each token once in every epoch."""
     batches = np.full((steps, BATCH_SIZE), -1)
     for path in folder.glob("*.npy"):
         step = int(path.name.split("-")[0])
@@ -209,5 +220,18 @@ def _is_covered(folder: Path, view: TokenView, steps: int) -> bool:
             return False
         batches[step, rows] = tokens
     wanted = np.sort(view.token_index(np.arange(view.num_tokens)))
-    found, counts = np.unique(batches, return_counts=True)
-    return np.array_equal(found, wanted) and len(set(counts.tolist())) == 1
+    epochs = _epochs(steps, view.num_tokens)
+    return all(
+        np.array_equal(np.sort(batches[epochs == epoch]), wanted) for epoch in range(int(epochs.max()) + 1)
+    )
+
+
+def _epochs(steps: int, train_tokens: int) -> np.ndarray:
+    """Return the epoch that every row of every step is of.
+
+    A batch is one piece of each lane after the other, and an epoch is dealt out to the lanes token by token.
+    """
+    rows = BATCH_SIZE // LANES
+    lane, row = np.divmod(np.arange(BATCH_SIZE), rows)
+    in_lane = np.arange(steps)[:, None] * rows + row
+    return (in_lane * LANES + lane) // train_tokens

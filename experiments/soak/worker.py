@@ -5,6 +5,7 @@ Which tokens every step was given is left in ``RUN.seen/<step>-<first row>.npy``
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,8 @@ from crosscoder_jax.activations import ActivationStore
 from crosscoder_jax.activations.batches import Batches
 from crosscoder_jax.sharding import make_mesh, start_processes
 from crosscoder_jax.training import loop
-from crosscoder_jax.training.preemption import PreemptedError
-from experiments.soak.config import options, recipe
-
-PREEMPTED = 75
+from crosscoder_jax.training.preemption import PREEMPTED, PreemptedError
+from experiments.soak.config import SECONDS_A_STEP, options, recipe
 
 
 class NotedBatches(Batches):
@@ -40,6 +39,7 @@ class NotedBatches(Batches):
             with staged.open("wb") as file:
                 np.save(file, note)
             staged.replace(path)
+            time.sleep(SECONDS_A_STEP)
             yield batch
 
 
