@@ -37,6 +37,7 @@ def test_a_machine_on_which_tests_run_is_fit(store, tmp_path):
         "versions",
         "settings",
         "devices",
+        "products",
         "store",
         "output",
         "disk",

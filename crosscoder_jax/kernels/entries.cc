@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -95,6 +96,16 @@ inline void fetch(const float* row) {
 
 ffi::Error bad(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
 
+// One entry that is no number, for scores that are infinite: the loss then tells of it.
+ffi::Error one_nan(ffi::Result<Floats>& values, ffi::Result<Ints>& latents, ffi::Result<Ints>& starts) {
+  std::fill_n(values->typed_data(), values->element_count(), 0.0f);
+  std::fill_n(latents->typed_data(), latents->element_count(), 0);
+  std::fill_n(starts->typed_data(), starts->element_count(), 1);
+  values->typed_data()[0] = NAN;
+  starts->typed_data()[0] = 0;
+  return ffi::Error::Success();
+}
+
 // Entries of `pre_acts [batch, latent]` whose score, times `weights [latent]`, reaches `cut`, a positive number.
 ffi::Error compress(ffi::ThreadPool pool, Floats pre_acts, Floats weights, Floats cut,
                     ffi::Result<Floats> values, ffi::Result<Ints> latents, ffi::Result<Ints> starts) {
@@ -131,6 +142,7 @@ ffi::Error compress(ffi::ThreadPool pool, Floats pre_acts, Floats weights, Float
   for (int64_t row = 0; row < batch; ++row) {
     start[row] = static_cast<int32_t>(total);
     total += counts[row];
+    if (total > capacity && std::isinf(least)) return one_nan(values, latents, starts);
     if (total > capacity)
       return bad("more than " + std::to_string(capacity) +
                  " scores of a batch are kept, of which most are tied at the cut: many tokens or many latents "

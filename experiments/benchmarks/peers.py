@@ -6,8 +6,7 @@ Needs torch and the library, and nothing of ours, so that it runs in an environm
     pip install torch==2.13.0 accelerate circuitsvis datasets einops natsort nnsight
     pip install schedulefree simple-parsing transformers
 
-Each with its defaults. They train one model: two sources of a width are one of twice that, which costs as many
-operations.
+Each with its defaults. They train one model: two sources of a width are one of twice that, at the same cost.
 """
 # The libraries are in an environment of their own.
 # pyright: reportMissingImports=false
