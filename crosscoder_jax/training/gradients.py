@@ -45,12 +45,16 @@ def gradients(state: TrainState, normalized: Acts, config: TrainConfig) -> tuple
     """
     if config.micro_batches > 1 or config.is_rematerialized:
         return _gradients_by_parts(state, normalized, config)
-    dense = functools.partial(_gradients_at_once, config=config)
-    if not can_be_listed(config) or not native.is_available():
-        return dense(state, normalized)
-    return lax.platform_dependent(
-        state, normalized, cpu=functools.partial(gradients_of_kept, config=config), default=dense
-    )
+    if can_be_listed(config) and _platform(normalized) == "cpu" and native.is_available():
+        return gradients_of_kept(state, normalized, config)
+    return _gradients_at_once(state, normalized, config)
+
+
+def _platform(array: Array) -> str:
+    """Return what an array is computed on: its mesh's devices, which need not be here, or else JAX's own."""
+    mesh = jax.typeof(array).sharding.mesh
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _gradients_at_once(
