@@ -77,7 +77,7 @@ def test_the_smoke_changes_sizes_and_nothing_else(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", sorted(set(PAIRS) - {"llama-3.2-1b"}))  # which two hosts run below
 def test_the_whole_way_on_tiny_models_of_the_same_architecture(name, tmp_path):
     pytest.importorskip("torch", reason="models are run in torch: install the extra 'lm'")
     from experiments.minder2025.__main__ import Minder2025, run
